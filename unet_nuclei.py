@@ -1,0 +1,1210 @@
+"""Find and separate every nucleus in fluorescence images with a U-Net, in one file.
+
+    python unet_nuclei.py                                   # foreground U-Net, connected components
+    python unet_nuclei.py --boundary --epochs 10            # boundary U-Net, watershed: separates touching nuclei
+    python unet_nuclei.py --boundary --data synthetic       # no download
+    python unet_nuclei.py --checkpoint runs/boundary/model.pt --predict FOLDER   # segment your own images
+    torchrun --nproc-per-node 2 unet_nuclei.py --boundary   # two GPUs
+
+Pasted into a notebook cell, the file only defines its functions; the next cell starts a run with
+`main(["--boundary", "--epochs", "10"])`. Needs torch, numpy, scikit-image, scipy and imageio.
+"""
+import argparse
+import csv
+import hashlib
+import http.client
+import io
+import itertools
+import json
+import math
+import os
+import platform
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+import zipfile
+import zlib
+from collections import namedtuple
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import scipy
+import skimage
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from scipy import ndimage
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import maximum_bipartite_matching
+from skimage.draw import ellipse
+from skimage.measure import label
+from skimage.morphology import reconstruction
+from skimage.segmentation import expand_labels, find_boundaries, watershed
+from torch import nn
+
+# ---------------------------------------------------------------- settings
+DATA_URL = "https://github.com/stardist/stardist/releases/download/0.1.0/dsb2018.zip"
+DATA_SHA256 = "e44921950edce378063aa4457e625581ba35b4c2dbd9a07c19d48900129f386f"
+DEFAULT_DATA = "dsb2018"
+KAGGLE_INPUT = Path("/kaggle/input")
+SUFFIXES = {".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp"}
+SCRIPT = "unet_nuclei"  # stands in every checkpoint
+OUTPUTS = ("model.pt", "last.pt", "history.csv", "metrics.json", "data.png", "samples.png", "curves.png")
+CROP = 256  # side of a training crop in pixels
+THRESHOLDS = tuple(i / 100 for i in range(50, 100, 5))  # IoU thresholds of AP 0.5:0.95
+SMOOTH, SUMMIT, SURE = 1.0, 0.1, 0.8  # see the README
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+NOTEBOOK = "ipykernel" in sys.modules
+
+
+class UserError(Exception):
+    """A mistake that one line explains: `main` prints it after `error:`, a notebook shows it without a traceback."""
+
+    def _render_traceback_(self):  # IPython asks an exception for this
+        return [f"error: {self}"]
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which Kaggle and Slurm send before they take the machine away."""
+
+
+def say(*words, **options):
+    """Print on the first process only."""
+    if RANK == 0:
+        print(*words, flush=True, **options)
+
+
+def live(text):
+    """Overwrite the current line of a terminal; nothing where the output is a file or a notebook."""
+    if RANK == 0 and sys.stdout.isatty():
+        print(f"\r\033[K{text}", end="", flush=True)
+
+
+# ---------------------------------------------------------------- reading and writing files
+def read_array(path):
+    """Any image file, a `Path` or a member of a zip, as an array; `UserError` names a file that cannot be read."""
+    try:
+        plugin = {"plugin": "tifffile"} if path.suffix.lower() in (".tif", ".tiff") else {}
+        return np.asarray(iio.imread(path.read_bytes(), **plugin))
+    except Exception as error:  # each reader has exceptions of its own for text, empty and truncated files
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} cannot be read as an image ({reason}); replace it or take it out") from None
+
+
+def read_image(path):
+    """(H, W) image in its own dtype; colour becomes gray, alpha is dropped."""
+    image = np.squeeze(read_array(path))
+    if image.ndim == 3 and image.shape[-1] in (2, 3, 4):
+        color = image[..., : 1 if image.shape[-1] == 2 else 3]
+        image = color[..., 0] if (color == color[..., :1]).all() else color.mean(-1, dtype=np.float32)
+    image = np.atleast_2d(image)
+    if image.ndim != 2 or image.size == 0:
+        raise UserError(f"{path} has shape {image.shape}; a 2-D image is needed, so save each plane of a stack on its own")
+    if not np.isfinite(image).all():
+        raise UserError(f"{path} holds NaN or infinite pixels; replace them, for example with numpy.nan_to_num")
+    return image
+
+
+def read_mask(path):
+    """(H, W) int32 ids, 0 is background; `UserError` where the file does not hold one id for each nucleus."""
+    mask = np.squeeze(read_array(path))
+    if mask.ndim == 3 and mask.shape[-1] in (2, 3, 4):
+        color = mask[..., : 1 if mask.shape[-1] == 2 else 3]
+        if (color != color[..., :1]).any():
+            raise UserError(f"{path} is coloured; a mask is a gray image in which each nucleus has an id of its own")
+        mask = color[..., 0]
+    mask = np.atleast_2d(mask)
+    if mask.ndim != 2:
+        raise UserError(f"{path} has shape {mask.shape}; a 2-D mask is needed")
+    if not np.isfinite(mask).all() or (mask < 0).any() or (mask != np.floor(mask)).any():
+        raise UserError(f"{path} has negative or fractional ids; a mask holds 0 for background and 1, 2, 3, ... for nuclei")
+    ids, index = np.unique(mask, return_inverse=True)  # any ids, with gaps or of 32 bits, become 0..n
+    mask = index.reshape(mask.shape).astype(np.int32) + int(ids[0] != 0)
+    if len(ids) == 2 and ids[0] == 0 and (pieces := label(mask).max()) > 1:
+        raise UserError(
+            f"{path} holds one id, {ids[1]:g}, for {pieces} separate nuclei; each nucleus needs an id of its own "
+            "(skimage.measure.label gives them)"
+        )
+    return mask
+
+
+def write_file(path, data):
+    """Write bytes beside `path`, then move them there whole: a kill or a full disk leaves the old file as it was."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- data
+Sample = namedtuple("Sample", "name image mask")
+
+
+def stems(folder):
+    """{file stem: file} of the images in a folder."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is missing; --data needs train/ and test/, each with images/ and masks/")
+    return {file.stem: file for file in sorted(folder.iterdir()) if file.suffix.lower() in SUFFIXES}
+
+
+def read_split(folder):
+    """The samples of `folder`, images/ and masks/ paired by file stem, in name order."""
+    images, masks = stems(folder / "images"), stems(folder / "masks")
+    for ours, theirs, where in (images, masks, "masks"), (masks, images, "images"):
+        for stem in ours.keys() - theirs.keys():
+            raise UserError(f"{ours[stem]} has no file of that stem in {folder / where}; add it, or take this one out")
+    if not images:
+        raise UserError(f"{folder / 'images'} holds no image; put TIFF or PNG files there")
+    samples = []
+    for stem, file in images.items():
+        image, mask = read_image(file), read_mask(masks[stem])
+        if image.shape != mask.shape:
+            raise UserError(f"{file} is {image.shape}, its mask {masks[stem]} {mask.shape}; save both with one shape")
+        samples.append(Sample(stem, image, mask))
+    return samples
+
+
+def read_kaggle(folder, all_images=False):
+    """Training and test samples of the Data Science Bowl's own layout: ID/images/ID.png, a file a nucleus in ID/masks.
+
+    Every tenth image that is kept is for testing. Unless `all_images`, only fluorescence is kept: gray, and brighter
+    within the nuclei than around them.
+    """
+    kept = []
+    for image_file in sorted(folder.glob("*/images/*.png")):
+        pixels, image = read_array(image_file), read_image(image_file)
+        mask = np.zeros(image.shape, np.int32)
+        for i, file in enumerate(sorted(image_file.parents[1].glob("masks/*.png")), 1):
+            mask[read_image(file) > 0] = i
+        gray = pixels.ndim == 2 or (pixels[..., :3] == pixels[..., :1]).all()
+        if all_images or gray and 0 < mask.mean() and image[mask > 0].mean() > image[mask == 0].mean():
+            kept.append(Sample(image_file.stem, image, mask))
+    return [s for i, s in enumerate(kept) if i % 10 != 9], kept[9::10]
+
+
+def draw_nuclei(rng, size=256):
+    """One synthetic sample: blurred ellipses, about half of them touching, on an uneven and noisy background."""
+    mask, light = np.zeros((size, size), np.int32), np.zeros((size, size), np.float32)
+    scale, placed = rng.uniform(6, 16), []
+    for i in range(1, rng.integers(12, 45)):
+        radii = scale * rng.uniform(0.7, 1.3, 2)
+        center = rng.uniform(0, size, 2)
+        if placed and rng.random() < 0.6:  # beside an earlier nucleus
+            (y, x), reach = placed[rng.integers(len(placed))]
+            angle = rng.uniform(0, 2 * np.pi)
+            center = np.array([y, x]) + (reach + radii.mean()) * 0.95 * np.array([np.sin(angle), np.cos(angle)])
+        pixels = ellipse(*center, *radii, shape=mask.shape, rotation=rng.uniform(0, np.pi))
+        if len(pixels[0]) < 30 or (mask[pixels] > 0).mean() > 0.15:
+            continue
+        free = mask[pixels] == 0
+        pixels = pixels[0][free], pixels[1][free]
+        mask[pixels] = i
+        light[pixels] = rng.uniform(0.3, 1) * (1 + 0.15 * rng.standard_normal(len(pixels[0])))
+        placed.append((center, radii.mean()))
+    light = ndimage.gaussian_filter(light, rng.uniform(0.8, 1.6))
+    haze = ndimage.gaussian_filter(rng.standard_normal(mask.shape), size / 6)
+    light += 0.1 + 0.1 * (haze - haze.min()) / np.ptp(haze)
+    photons = rng.poisson(light * rng.uniform(40, 200)) + rng.normal(8, 1, mask.shape)
+    return photons.clip(0, 65535).astype(np.uint16), mask
+
+
+def synthetic(seed):
+    """60 training and 12 test samples drawn from `seed`."""
+    rng = np.random.default_rng(seed)
+    samples = [Sample(f"synthetic_{i:02d}", *draw_nuclei(rng)) for i in range(72)]
+    return samples[:60], samples[60:]
+
+
+def download(url, sha256, target):
+    """Fetch the zip at `url` and unpack it as `target`: checked first, and whole or not at all."""
+    part = target.with_name(f"{target.name}.zip.part")
+    say(f"downloading {url}")
+    try:
+        with urllib.request.urlopen(url, timeout=60) as reply, open(part, "wb") as file:
+            total, shown = int(reply.headers.get("Content-Length") or 0), 0
+            while block := reply.read(1 << 20):
+                file.write(block)
+                live(f"{file.tell() / 1e6:.0f} of {total / 1e6:.0f} MB")
+                if not sys.stdout.isatty() and file.tell() >= shown + max(total / 4, 8e6):
+                    shown = file.tell()
+                    say(f"{shown / 1e6:.0f} of {total / 1e6:.0f} MB")
+        live("")
+        if hashlib.sha256(part.read_bytes()).hexdigest() != sha256:
+            raise UserError(f"the download of {url} is incomplete or not the released file; run again, or give --data")
+        unpack(part, target)
+    except (OSError, urllib.error.URLError, http.client.HTTPException) as error:
+        raise UserError(
+            f"no data at {target} and {url} cannot be fetched ({error}): switch the internet on, "
+            "give the data with --data PATH, or use --data synthetic"
+        ) from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def unpack(archive, target):
+    """Unpack a zip as the folder `target`, whole or not at all; members that would land outside are refused."""
+    part = target.with_name(target.name + ".part")
+    try:
+        with zipfile.ZipFile(archive) as members:
+            for name in members.namelist():
+                if name.startswith(("/", "\\")) or ".." in Path(name).parts or ":" in name:
+                    raise UserError(f"{archive} holds {name!r}, which would land outside its folder; do not use this file")
+            members.extractall(part)
+        os.replace(part, target)
+    except (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError) as error:
+        raise UserError(f"{archive} is damaged or no zip file ({error}); fetch it again") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return target
+
+
+def find_layout(path):
+    """(kind, folder) of the data in `path` or one folder down: "split" has train/ and test/, "kaggle" the Bowl's own."""
+    for folder in [path, *sorted(f for f in path.iterdir() if f.is_dir())] if path.is_dir() else []:
+        if (folder / "train").is_dir() or (folder / "test").is_dir():
+            return "split", folder
+        for inner in (folder / "stage1_train", folder):
+            if inner.is_dir() and any(True for _ in inner.glob("*/masks/*.png")):
+                return "kaggle", inner
+        if (folder / "stage1_train.zip").is_file():
+            return "zip", folder / "stage1_train.zip"
+    return None
+
+
+def load_data(path, seed=0, all_images=False):
+    """(training samples, test samples) of a folder, a zip, or the word `synthetic`; see the README for the layouts."""
+    if path == "synthetic":
+        return synthetic(seed)
+    path = Path(path)
+    if not path.exists():
+        if str(path) != DEFAULT_DATA:
+            raise UserError(f"--data {path} does not exist; give a folder or a zip, or --data synthetic")
+        attached = (f for depth in range(4) for f in sorted(KAGGLE_INPUT.glob("*/" * depth)) if find_layout(f))
+        path_or_none = next(attached, None)
+        if path_or_none is None:
+            download(DATA_URL, DATA_SHA256, path)
+        path = path_or_none or path
+    with tempfile.TemporaryDirectory() as scratch:
+        if path.is_file():
+            path = unpack(path, Path(scratch) / path.stem)
+        found = find_layout(path)
+        if found is None:
+            raise UserError(f"--data {path} holds no train/ and test/ (each with images/ and masks/); see the README")
+        kind, folder = found
+        if kind == "zip":
+            kind, folder = "kaggle", unpack(folder, Path(scratch) / "stage1_train")
+        if kind == "kaggle":
+            return read_kaggle(folder, all_images)
+        return read_split(folder / "train"), read_split(folder / "test")
+
+
+def fit_normalization(images):
+    """Settings for `normalize`: percentiles that are taken of each image, mean and std over the training images."""
+    normalization = {"low": 1.0, "high": 99.8, "mean": 0.0, "std": 1.0}
+    pixels = np.concatenate([normalize(image, normalization).ravel()[::16] for image in images])
+    return normalization | {"mean": float(pixels.mean()), "std": float(pixels.std()) or 1.0}
+
+
+def normalize(image, normalization):
+    """(H, W) image of any dtype and range -> float32: its own percentiles to 0 and 1, then the training mean and std.
+
+    The images of this data set differ a hundredfold in brightness, hence the percentiles of each image.
+    """
+    image = np.asarray(image, np.float32)
+    low, high = np.percentile(image[:: max(1, image.shape[0] // 2048)], (normalization["low"], normalization["high"]))
+    scaled = ((image - np.float32(low)) / np.float32(max(high - low, 1e-6))).clip(-1, 3)
+    return (scaled - np.float32(normalization["mean"])) / np.float32(normalization["std"])
+
+
+class NucleiDataset(torch.utils.data.Dataset):
+    """Random 256x256 crops of images with their instance masks.
+
+    images: list of (H, W) float arrays, normalized. masks: list of (H, W) integer ids, 0 is background.
+    transform: (image, mask) -> (image, mask), both (256, 256) arrays; image_transform: image -> image; mask_transform:
+    mask -> target, `foreground_target` for example. An item is a float32 tensor (1, 256, 256) and the target (without
+    mask_transform the ids, int64). Smaller images are padded with their minimum, masks with background. All randomness
+    is torch's, so that workers differ from each other and runs of one seed do not.
+    """
+
+    def __init__(self, images, masks, image_transform=None, mask_transform=None, transform=None):
+        if len(images) != len(masks):
+            raise ValueError(f"{len(images)} images but {len(masks)} masks")
+        self.images, self.masks = images, masks
+        self.image_transform, self.mask_transform, self.transform = image_transform, mask_transform, transform
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        image, mask = self.images[index], self.masks[index]
+        y, x = (int(torch.randint(max(size - CROP, 0) + 1, ())) for size in image.shape)
+        image, mask = image[y : y + CROP, x : x + CROP], mask[y : y + CROP, x : x + CROP]
+        missing = [(0, CROP - size) for size in image.shape]
+        image = np.pad(image, missing, constant_values=image.min())
+        mask = np.pad(mask, missing)
+        if self.transform:
+            image, mask = self.transform(image, mask)
+        if self.image_transform:
+            image = self.image_transform(image)
+        target = self.mask_transform(mask) if self.mask_transform else torch.from_numpy(mask.astype(np.int64))
+        return torch.as_tensor(np.ascontiguousarray(image), dtype=torch.float32).reshape(1, CROP, CROP), target
+
+
+def uniform(low, high):
+    """A random number from torch's generator."""
+    return low + (high - low) * torch.rand(()).item()
+
+
+def augment(image, mask):
+    """Random flip and right-angle rotation, zoom, contrast, brightness, blur and noise of one crop and its mask."""
+    turns, flip = divmod(int(torch.randint(8, ())), 2)
+    image, mask = np.rot90(image, turns), np.rot90(mask, turns)
+    if flip:
+        image, mask = image[:, ::-1], mask[:, ::-1]
+    return np.ascontiguousarray(image), np.ascontiguousarray(mask)
+
+
+# ---------------------------------------------------------------- targets
+def foreground_target(mask):
+    """(H, W) ids -> float32 tensor (1, H, W): 1 in nuclei, 0 outside."""
+    return torch.from_numpy((np.asarray(mask) > 0).astype(np.float32))[None]
+
+
+def boundary_target(mask):
+    """(H, W) ids -> int64 tensor (H, W): 0 background, 1 foreground, 2 boundary.
+
+    `find_boundaries(mode="inner")`: the boundary is the outermost pixels of each nucleus itself, so that foreground and
+    boundary together are exactly the nucleus; "thick" and "outer" would add a rim of background to it.
+    """
+    mask = np.asarray(mask)
+    target = (mask > 0).astype(np.int64)
+    target[find_boundaries(mask, mode="inner")] = 2
+    return torch.from_numpy(target)
+
+
+def depth_target(mask):
+    """(H, W) ids -> float32 tensor (3, H, W), the probabilities of `boundary_target`'s classes that training aims at.
+
+    Boundary fades into foreground with the depth within the nucleus, the distance to its rim relative to that of its
+    deepest pixel (the distance map of Naylor et al. 2019, IEEE TMI 38:448, normalized): each nucleus, large or small,
+    has one summit to find it by, and the whole nucleus, not a few pixels, teaches where two of them meet.
+    """
+    mask = np.asarray(mask)
+    depth = np.where(mask > 0, ndimage.distance_transform_edt(boundary_target(mask).numpy() == 1) + 0.5, 0)
+    deepest = np.ones(int(mask.max()) + 1)
+    deepest[np.unique(mask)] = 0
+    np.maximum.at(deepest, mask.ravel(), depth.ravel())
+    deepest[0] = 1
+    depth = depth / deepest[mask]
+    return torch.from_numpy(np.stack([mask == 0, depth, (mask > 0) - depth]).astype(np.float32))
+
+
+def between(mask):
+    """(H, W) bool: pixels with parts of two nuclei in their 3x3 neighbourhood."""
+    mask = np.asarray(mask)
+    top = int(mask.max()) + 1
+    highest = ndimage.maximum_filter(mask, 3)
+    lowest = top - ndimage.maximum_filter(np.where(mask > 0, top - mask, 0), 3)  # of the ids that are not background
+    return (highest > 0) & (lowest != highest)
+
+
+def separated_target(mask):
+    """`foreground_target` with the pixels between touching nuclei as background, so that components come apart."""
+    return foreground_target(np.where(between(mask), 0, mask))
+
+
+# ---------------------------------------------------------------- network
+class UNet(nn.Module):
+    """U-Net (Ronneberger et al. 2015, arXiv 1505.04597, fig. 1) with 3x3 convolutions that keep the size.
+
+    Five levels of width, 2, 4, 8 and 16 times width channels; (B, in_channels, H, W) with H and W divisible by 16 ->
+    float32 logits (B, out_channels, H, W). `norm=False` leaves out the batch normalization (Ioffe and Szegedy 2015) after
+    each convolution: UNet(1, 1, norm=False) has 31,030,593 parameters. `precision` is the dtype the layers compute in;
+    weights stay float32.
+    """
+
+    def __init__(self, in_channels=1, out_channels=1, width=64, norm=True):
+        super().__init__()
+        channels = [width * 2**level for level in range(5)]
+        self.precision = torch.float32
+
+        def block(inputs, outputs):
+            def normalization():
+                return [nn.BatchNorm2d(outputs)] if norm else []
+
+            return nn.Sequential(
+                nn.Conv2d(inputs, outputs, 3, padding=1), *normalization(), nn.ReLU(inplace=True),
+                nn.Conv2d(outputs, outputs, 3, padding=1), *normalization(), nn.ReLU(inplace=True),
+            )  # fmt: skip
+
+        down, up = list(zip(channels, channels[1:])), list(zip(channels[:0:-1], channels[-2::-1]))
+        self.encoder = nn.ModuleList([block(in_channels, width), *(block(i, o) for i, o in down)])
+        self.upsample = nn.ModuleList(nn.ConvTranspose2d(i, o, 2, stride=2) for i, o in up)
+        self.decoder = nn.ModuleList(block(i, o) for i, o in up)
+        self.out = nn.Conv2d(width, out_channels, 1)
+
+    def forward(self, x):
+        if x.shape[-1] % 16 or x.shape[-2] % 16:
+            raise ValueError(f"height and width must be divisible by 16, not {tuple(x.shape[-2:])}")
+        with torch.autocast(x.device.type, self.precision, enabled=self.precision != torch.float32):
+            skips = []
+            for i, block in enumerate(self.encoder):
+                x = block(F.max_pool2d(x, 2) if i else x)
+                skips.append(x)
+            skips.pop()
+            for upsample, block in zip(self.upsample, self.decoder):
+                x = block(torch.cat([skips.pop(), upsample(x)], 1))
+            return self.out(x).float()
+
+
+# ---------------------------------------------------------------- loss and scores
+def dice_score(input_, target, eps=1e-6):
+    """Soft dice of logits and targets of 0 to 1, both (B, C, H, W), over all pixels -> scalar tensor, 1 is best.
+
+    2 sum(pt) / (sum(p^2) + sum(t^2)) with p = sigmoid(logit), Milletari et al. 2016 (V-Net, arXiv 1606.04797, sec. 3).
+    """
+    prediction = torch.sigmoid(input_)
+    overlap = (prediction * target).sum()
+    return (2 * overlap + eps) / ((prediction**2).sum() + (target**2).sum() + eps)
+
+
+def overlaps(seg, mask):
+    """Intersections of all overlapping pairs of two label images, and the areas they need.
+
+    Returns a sparse (predicted, true) matrix of IoU that holds the overlapping pairs only, and the number of predicted
+    and of true objects. Time and memory grow with pixels and pairs, not with the product of the numbers of objects.
+    """
+    seg, mask = np.asarray(seg), np.asarray(mask)
+    if seg.shape != mask.shape:
+        raise ValueError(f"shapes differ: {seg.shape} and {mask.shape}")
+    labels, areas = [], []
+    for image in (seg, mask):
+        if image.dtype.kind not in "iub":
+            raise ValueError(f"ids must be integers, not {image.dtype}")
+        if image.size and (image.min() < 0 or image.max() > image.size):  # ids too sparse to index an array with
+            image = np.unique(image, return_inverse=True)[1].reshape(image.shape) + int(image.min() > 0)
+        labels.append(image.ravel())
+        areas.append(np.bincount(labels[-1].astype(np.intp, copy=False), minlength=1))
+    both = np.flatnonzero((labels[0] > 0) & (labels[1] > 0))
+    pairs = (labels[0][both], labels[1][both])
+    shape = (len(areas[0]), len(areas[1]))
+    table = coo_array((np.ones(len(both), np.int64), pairs), shape=shape).tocsr().tocoo()  # tocsr adds up the ones
+    union = areas[0][table.row] + areas[1][table.col] - table.data
+    iou = coo_array((table.data / union, (table.row, table.col)), shape=shape)
+    return iou, np.count_nonzero(areas[0][1:]), np.count_nonzero(areas[1][1:])
+
+
+def count_matches(iou, n_seg, n_mask, threshold):
+    """(tp, fp, fn) from `overlaps`: tp is the size of a maximum one-to-one matching of the pairs at or above threshold."""
+    good = iou.data >= threshold
+    graph = coo_array((good[good], (iou.row[good], iou.col[good])), shape=iou.shape).tocsr()
+    tp = int((maximum_bipartite_matching(graph, perm_type="column") >= 0).sum())
+    return tp, n_seg - tp, n_mask - tp
+
+
+def match_counts(seg, mask, threshold=0.5):
+    """(true positives, false positives, false negatives) of a label image against the true one.
+
+    seg, mask: (H, W) integer ids, 0 is background, any other id is an object. True positives are the pairs of a maximum
+    one-to-one matching with IoU >= threshold (> 0). Raises ValueError if the shapes differ or ids are not integers.
+    """
+    return count_matches(*overlaps(seg, mask), threshold)
+
+
+def f1_from_counts(tp, fp, fn):
+    return 1.0 if tp + fp + fn == 0 else 2 * tp / (2 * tp + fp + fn)
+
+
+def f1_score(seg, mask, threshold=0.5):
+    """F1 = 2 TP / (2 TP + FP + FN) of `match_counts`; 1.0 where both images are empty."""
+    return f1_from_counts(*match_counts(seg, mask, threshold))
+
+
+# ---------------------------------------------------------------- prediction
+TILE, MARGIN = 1536, 128  # the receptive field reaches 107 pixels; the margin is the next multiple of 16 above with room
+
+
+def tiles(shape, tile=TILE, margin=MARGIN):
+    """Cut an image into tiles that overlap by a margin on each side: pairs of slices (to read, to keep)."""
+    for y in range(0, shape[0], tile):
+        for x in range(0, shape[1], tile):
+            keep = (slice(y, min(y + tile, shape[0])), slice(x, min(x + tile, shape[1])))
+            yield tuple(slice(max(k.start - margin, 0), min(k.stop + margin, n)) for k, n in zip(keep, shape)), keep
+
+
+def on_tiles(function, image, tile=TILE, margin=MARGIN):
+    """Apply `function`, (H, W) -> (..., H, W), tile by tile; an image of up to one tile and its margins is done whole."""
+    if max(image.shape) <= tile + 2 * margin:
+        return function(image)
+    result = None
+    for i, (read, keep) in enumerate(cut := list(tiles(image.shape, tile, margin)), 1):
+        part = function(image[read])
+        if result is None:
+            result = np.empty((*part.shape[:-2], *image.shape), part.dtype)
+        inside = tuple(slice(k.start - r.start, k.stop - r.start) for k, r in zip(keep, read))
+        result[(..., *keep)] = part[(..., *inside)]
+        live(f"tile {i} of {len(cut)}")
+    live("")
+    return result
+
+
+def predict(model, image, tile=TILE, margin=MARGIN):
+    """Probabilities of an image of any size.
+
+    image: normalized (H, W) floats. Returns float32 (C, H, W): the sigmoid of a single channel, the softmax of three.
+    Sides are padded by reflection to multiples of 16 and cut back. A large image is predicted in tiles that overlap by
+    at least the receptive field, so that no seam shows.
+    """
+    device = next(model.parameters()).device
+
+    def probabilities(part):
+        height, width = part.shape
+        x = np.pad(np.asarray(part, np.float32), ((0, -height % 16), (0, -width % 16)), mode="symmetric")
+        logits = model(torch.from_numpy(x)[None, None].to(device, memory_format=torch.channels_last))[0]
+        probability = logits.sigmoid() if len(logits) == 1 else logits.softmax(0)
+        return probability[:, :height, :width].cpu().numpy()
+
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            return on_tiles(probabilities, image, tile, margin)
+    finally:
+        model.train(training)
+
+
+# ---------------------------------------------------------------- instances
+def connected_components(foreground_prediction, threshold=0.5):
+    """(H, W) foreground probabilities -> (H, W) int32 ids of the connected components above the threshold."""
+    return label(np.asarray(foreground_prediction) > threshold, connectivity=1).astype(np.int32)
+
+
+def instance_segmentation(foreground_prediction, boundary_prediction, threshold=0.5):
+    """(H, W) probabilities of foreground and boundary -> (H, W) int32 instance ids, 0 is background.
+
+    A nucleus is where foreground and boundary together exceed the threshold, so that it covers its rim. Markers are the
+    summits of foreground minus boundary that stand out by SUMMIT (h-maxima, Soille 2003, sec. 6.3); the watershed of
+    boundary minus foreground shares out the pixels between them. Raises ValueError if the shapes differ.
+    """
+    foreground, boundary = np.asarray(foreground_prediction, np.float32), np.asarray(boundary_prediction, np.float32)
+    if foreground.shape != boundary.shape:
+        raise ValueError(f"shapes differ: {foreground.shape} and {boundary.shape}")
+    inside = foreground + boundary > threshold
+    depth = ndimage.gaussian_filter(foreground, SMOOTH)
+    markers = on_tiles(lambda d: d - reconstruction(d - SUMMIT, d) > 0.999 * SUMMIT, depth)
+    return watershed(-depth, label(markers & inside), mask=inside).astype(np.int32)
+
+
+def keep_sure(instances, nucleus, smallest):
+    """Label image, ids 1..n, of the objects of at least `smallest` pixels and SURE mean probability."""
+    areas = np.bincount(instances.ravel())
+    probability = np.bincount(instances.ravel(), nucleus.ravel()) / np.maximum(areas, 1)
+    keep = (areas >= smallest) & (probability >= SURE)
+    keep[0] = False
+    return (np.cumsum(keep) * keep).astype(np.int32)[instances]
+
+
+def nucleus_probability(probabilities):
+    """(H, W) probability of lying in a nucleus, its rim included, from the (C, H, W) of `predict`."""
+    return probabilities[0] if len(probabilities) == 1 else 1 - probabilities[0]
+
+
+def decode(probabilities, smallest):
+    """(1 or 3, H, W) probabilities -> (H, W) int32 instance ids 1..n, by components or by watershed."""
+    if len(probabilities) == 1:
+        instances = expand_labels(connected_components(probabilities[0]))  # gives back what `separated_target` took
+    else:
+        instances = instance_segmentation(*probabilities[1:])
+    return keep_sure(instances, nucleus_probability(probabilities), smallest)
+
+
+def segment(model, image):
+    """Raw (H, W) image of any dtype -> (instance ids (H, W), probabilities (C, H, W))."""
+    probabilities = predict(model, normalize(image, model.settings["normalization"]))
+    return decode(probabilities, model.settings["smallest"]), probabilities
+
+
+# ---------------------------------------------------------------- training
+def loss_function(logits, target):
+    """Binary cross entropy for one channel, cross entropy with the probabilities of three classes for three."""
+    if logits.shape[1] == 1:
+        return F.binary_cross_entropy_with_logits(logits, target)
+    return F.cross_entropy(logits, target)
+
+
+def nucleus_dice(logits, target):
+    """Dice of nuclei against background; of three channels, nucleus is foreground and boundary together."""
+    if logits.shape[1] == 1:
+        return dice_score(logits, target)
+    return dice_score(logits[:, 1:].logsumexp(1, keepdim=True) - logits[:, :1], 1 - target[:, :1])
+
+
+def learning_rate(step, steps):
+    """Factor on --lr: up over the first fifth of all steps, then down a cosine (one cycle, Smith 2018, arXiv 1803.09820)."""
+    warm = 0.2 * steps
+    return (step + 1) / (warm + 1) if step < warm else (1 + math.cos(math.pi * min(1, (step - warm) / (steps - warm)))) / 2
+
+
+def train_epoch(model, loader, optimizer, schedule, scaler, epoch=1, epochs=1):
+    """One pass over `loader`: (mean loss, mean dice). Raises UserError at a loss that is not finite."""
+    model.train()
+    device, total, start = next(model.parameters()).device, np.zeros(2), time.time()
+    for step, (image, target) in enumerate(loader, 1):
+        image = image.to(device, memory_format=torch.channels_last, non_blocking=True)
+        target = target.to(device, non_blocking=True)
+        optimizer.zero_grad()
+        logits = model(image)
+        loss = loss_function(logits, target)
+        if not math.isfinite(loss.item()):
+            raise UserError(f"the loss is {loss.item()} at epoch {epoch}, step {step}; lower --lr and run again with --resume")
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        schedule.step()
+        total += loss.item(), nucleus_dice(logits.detach(), target).item()
+        left = (time.time() - start) / step * (len(loader) * (epochs - epoch + 1) - step)
+        live(f"epoch {epoch}/{epochs}  step {step}/{len(loader)}  loss {total[0] / step:.4f}  {left / 60:.0f} min left")
+    live("")
+    return total / len(loader)
+
+
+def validate(model, samples, make_target):
+    """(loss, dice, F1 at IoU 0.5) on whole images, each a mean over the images."""
+    scores = []
+    for sample in samples:
+        instances, probabilities = segment(model, sample.image)
+        logits = torch.from_numpy(probabilities).clamp(1e-6, 1 - 1e-6)[None]
+        logits = logits.logit() if len(probabilities) == 1 else logits.log()  # as good as the network's for loss and dice
+        target = make_target(sample.mask)[None]
+        scores.append((loss_function(logits, target), nucleus_dice(logits, target), f1_score(instances, sample.mask)))
+    return np.mean(scores, axis=0)
+
+
+def save_checkpoint(path, state):
+    buffer = io.BytesIO()  # in memory first: torch.save to a disk that fills up can abort the process
+    torch.save(state, buffer)
+    write_file(path, buffer.getbuffer())
+
+
+def load_checkpoint(path):
+    """What `save_checkpoint` wrote; read as data only (weights_only), so that no file can run code."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["script"] != SCRIPT:
+            raise ValueError
+        return state
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; train first, or give the model.pt of an earlier run") from None
+    except Exception:  # a truncated, foreign or malicious file fails in any way it likes
+        raise UserError(f"{path} is no intact checkpoint of this script; give a file that it wrote") from None
+
+
+def load_model(path, device, precision):
+    """The network in a model.pt, with its `settings`, ready to predict."""
+    state = load_checkpoint(path)
+    try:
+        model = build_model(state["settings"], device, precision)
+        model.load_state_dict(state["model"])
+    except (KeyError, RuntimeError, TypeError):
+        raise UserError(f"{path} holds no network of this script; give a model.pt that it wrote") from None
+    return model.eval()
+
+
+def build_model(settings, device, precision):
+    model = UNet(1, 3 if settings["boundary"] else 1, settings["width"])
+    model.settings, model.precision = settings, precision
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def random_states():
+    """States of all random generators, in types that `torch.load(weights_only=True)` accepts."""
+    name, keys, *rest = np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "numpy": [name, keys.tolist(), *rest], "python": random.getstate()}
+
+
+def set_random_states(states):
+    torch.set_rng_state(states["torch"])
+    np.random.set_state(tuple(states["numpy"]))
+    random.setstate(states["python"])
+    if len(states["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+def move_earlier_run(out):
+    """Make room in `out`: what an earlier run left there goes to out/earlier-1, earlier-2, ..."""
+    files = [out / name for name in OUTPUTS if (out / name).exists()]
+    if (out / "model.pt") in files or (out / "last.pt") in files:
+        earlier = next(f for n in itertools.count(1) if not (f := out / f"earlier-{n}").exists())
+        earlier.mkdir()
+        for file in files:
+            file.rename(earlier / file.name)
+        say(f"{out} held an earlier run; it is now in {earlier}")
+
+
+def run_training(args, samples, data, device, precision):
+    """Train on `samples`, every 20th of them for validation, and write `model.pt`, `last.pt` and `history.csv`."""
+    if len(samples) < 2:
+        raise UserError(f"{args.data} has {len(samples)} training image; at least two are needed, one is for validation")
+    training = [s for i, s in enumerate(samples) if i % 20 != 19] if len(samples) >= 20 else samples[:-1]
+    validation = samples[19::20] or samples[-1:]
+    normalization = fit_normalization([s.image for s in training])
+    areas = np.concatenate([np.bincount(s.mask.ravel())[1:] for s in training])
+    smallest = int(np.percentile(areas, 1) / 2) if len(areas) else 0
+    settings = {"boundary": args.boundary, "width": args.width, "normalization": normalization, "smallest": smallest}
+    fixed = {key: getattr(args, key) for key in ("boundary", "width", "batch_size", "lr", "seed")}
+    fixed |= {"data": data["checksum"], "processes": WORLD_SIZE}
+
+    torch.manual_seed(args.seed + RANK)  # crops; the weights of all ranks become those of rank 0 below
+    np.random.seed(args.seed)
+    random.seed(args.seed)
+    model = net = build_model(settings, device, precision)
+    if WORLD_SIZE > 1:
+        net = nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
+    make_target = depth_target if args.boundary else separated_target
+    images = [normalize(s.image, normalization) for s in training]
+    dataset = NucleiDataset(images, [s.mask for s in training], None, make_target, augment)
+    crops = torch.tensor([max(1, round(image.size / CROP**2)) for image in images])  # an epoch: crops in proportion to area
+    crops = torch.arange(len(images)).repeat_interleave(crops)
+    crops = crops[: max(1, len(crops) // WORLD_SIZE) * WORLD_SIZE]
+    steps = math.ceil(len(crops) / WORLD_SIZE / args.batch_size)
+    optimizer = torch.optim.Adam(net.parameters(), args.lr, fused=device.type in ("cpu", "cuda"))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, args.epochs * steps))
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+    history, best = [], -1.0
+    out, last = args.out, args.out / "last.pt"
+
+    if args.resume:
+        state = load_checkpoint(last)
+        for key, value in fixed.items():
+            if state["fixed"].get(key) != value:
+                raise UserError(f"--resume: {key} is {value} but {last} was written with {state['fixed'].get(key)}; give that")
+        if len(state["history"]) > args.epochs:
+            raise UserError(f"--epochs is {args.epochs} but {last} has {len(state['history'])} behind it; give as many or more")
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        history, best = state["history"], state["best"]
+        if RANK == 0:
+            set_random_states(state["random"])
+    elif RANK == 0:
+        move_earlier_run(out)
+    if RANK == 0:
+        write_file(out / "data.png", data_picture(dataset))
+
+    workers = args.workers if args.workers is not None else min(4, os.cpu_count()) if device.type == "cuda" else 0
+    for epoch in range(len(history) + 1, args.epochs + 1):
+        shuffle = torch.Generator().manual_seed(args.seed * 100_003 + epoch)  # the same on all ranks
+        order = crops[torch.randperm(len(crops), generator=shuffle)][RANK::WORLD_SIZE]
+        loader = torch.utils.data.DataLoader(
+            dataset, args.batch_size, sampler=order.tolist(), num_workers=workers, pin_memory=device.type == "cuda"
+        )
+        start = time.time()
+        train_loss, train_dice = train_epoch(net, loader, optimizer, schedule, scaler, epoch, args.epochs)
+        seconds = time.time() - start
+        if RANK:
+            continue
+        val_loss, val_dice, val_f1 = validate(model, validation, make_target)
+        if not math.isfinite(val_loss):
+            raise UserError(f"the validation loss is {val_loss} after epoch {epoch}; lower --lr and run again with --resume")
+        row = {"epoch": epoch, "train_loss": train_loss, "val_loss": val_loss, "train_dice": train_dice, "val_dice": val_dice,
+               "val_f1": val_f1, "lr": optimizer.param_groups[0]["lr"], "seconds": seconds,
+               "images_per_second": len(crops) / seconds}  # fmt: skip
+        history.append({key: float(f"{value:.6g}") if key != "epoch" else epoch for key, value in row.items()})
+        say(
+            f"epoch {epoch}/{args.epochs}  loss {train_loss:.4f}, validation {val_loss:.4f}  dice {train_dice:.3f}, "
+            f"{val_dice:.3f}  F1 {val_f1:.3f}  lr {row['lr']:.1e}  {seconds:.0f} s  {row['images_per_second']:.1f} images/s"
+        )
+        if val_f1 >= best:
+            best = float(val_f1)
+            save_checkpoint(out / "model.pt", {"script": SCRIPT, "settings": settings, "model": model.state_dict()})
+        state = {name: part.state_dict() for name, part in parts.items()}
+        state |= {"script": SCRIPT, "fixed": fixed, "settings": settings, "history": history, "best": best}
+        save_checkpoint(last, state | {"random": random_states()})
+        write_file(out / "history.csv", table(history))
+    return history
+
+
+def table(rows):
+    """A list of dicts as the bytes of a CSV file."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+# ---------------------------------------------------------------- evaluation
+def evaluate(model, samples):
+    """Scores of the test samples, named as in metrics.json, and the F1 of each: (metrics, [f1])."""
+    counts, f1, seconds = np.zeros((len(THRESHOLDS), 3)), {0.5: [], 0.75: []}, 0.0
+    for i, sample in enumerate(samples, 1):
+        image, start = normalize(sample.image, model.settings["normalization"]), time.time()
+        probabilities = predict(model, image)
+        seconds += time.time() - start
+        found = overlaps(decode(probabilities, model.settings["smallest"]), sample.mask)
+        here = [count_matches(*found, threshold) for threshold in THRESHOLDS]
+        counts += here
+        for threshold, scores in f1.items():
+            scores.append(f1_from_counts(*here[THRESHOLDS.index(threshold)]))
+        live(f"test image {i}/{len(samples)}")
+    live("")
+    ap = counts[:, 0] / np.maximum(counts.sum(1), 1)
+    tp, fp, fn = (int(n) for n in counts[0])
+    metrics = {
+        "f1@0.5": np.mean(f1[0.5]), "f1@0.75": np.mean(f1[0.75]), "ap@0.5": ap[0], "ap@0.75": ap[THRESHOLDS.index(0.75)],
+        "ap@0.5:0.95": ap.mean(), "n_images": len(samples), "n_objects": tp + fn, "found": tp, "missed": fn, "made_up": fp,
+        "predict_images_per_second": sum(s.image.size for s in samples) / CROP**2 / seconds,
+    }  # fmt: skip
+    return {key: v if isinstance(v, int) else round(float(v), 6) for key, v in metrics.items()}, f1[0.5]
+
+
+# ---------------------------------------------------------------- pictures
+def gray(image):
+    """(H, W) of any dtype -> (H, W, 3) uint8, bright enough to see dim nuclei."""
+    low, high = np.percentile(image, (1, 99.8))
+    scaled = ((image - low) / max(high - low, 1e-6)).clip(0, 1) ** 0.6
+    return np.repeat((scaled * 255).astype(np.uint8)[..., None], 3, axis=-1)
+
+
+def colored(mask):
+    """(H, W) ids -> (H, W, 3) uint8, each id in a random colour, background black."""
+    colors = np.random.default_rng(0).integers(60, 256, (int(mask.max()) + 1, 3), dtype=np.uint8)
+    colors[0] = 0
+    return colors[mask]
+
+
+def outlined(image, instances):
+    """The image in gray with the outlines of the instances in yellow."""
+    picture = gray(image)
+    picture[find_boundaries(instances, mode="inner")] = (255, 220, 0)
+    return picture
+
+
+def png(picture):
+    return iio.imwrite("<bytes>", np.asarray(picture), extension=".png")
+
+
+def sheet(headings, rows, size=300):
+    """PNG of rows of (H, W, 3) pictures under headings; each row is (caption, pictures), cut from the middle to `size`."""
+    sheet = Image.new("RGB", (len(headings) * (size + 6), 22 + len(rows) * (size + 22)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, heading in enumerate(headings):
+        draw.text((column * (size + 6) + 4, 5), heading, fill="black")
+    for i, (caption, pictures) in enumerate(rows):
+        y = 22 + i * (size + 22)
+        draw.text((4, y + size + 4), caption, fill="black")
+        for column, picture in enumerate(pictures):
+            top, left = (max(0, (n - size) // 2) for n in picture.shape[:2])
+            sheet.paste(Image.fromarray(picture[top : top + size, left : left + size]), (column * (size + 6), y))
+    return png(sheet)
+
+
+def data_picture(dataset):
+    """PNG of some training crops just as the network gets them: image, instances, target."""
+    with torch.random.fork_rng(devices=[]):  # looking does not change the run
+        seen, rows = NucleiDataset(dataset.images, dataset.masks, transform=dataset.transform), []
+        for i in np.linspace(0, len(dataset) - 1, min(6, len(dataset))).astype(int):
+            image, mask = seen[i]
+            target = dataset.mask_transform(mask.numpy()).numpy()
+            target = np.stack([target[-1], target[-2] if len(target) > 1 else target[-1], 0 * target[0]], -1)
+            rows.append(("", [gray(image[0].numpy()), colored(mask.numpy()), (target * 255).astype(np.uint8)]))
+    return sheet(["training crop", "instances", "target: red boundary, green foreground"], rows, CROP)
+
+
+def samples_picture(model, samples, f1):
+    """PNG of the three worst test images and three more up to the best, with truth and prediction."""
+    order = np.argsort(f1, kind="stable")
+    rows = []
+    for i in dict.fromkeys([*order[:3], *order[np.linspace(0, len(order) - 1, 4).astype(int)[1:]]]):
+        sample = samples[i]
+        instances, probabilities = segment(model, sample.image)
+        probability = np.repeat((nucleus_probability(probabilities) * 255).astype(np.uint8)[..., None], 3, -1)
+        pictures = [gray(sample.image), colored(sample.mask), probability, colored(instances)]
+        rows.append((f"{sample.name[:40]}  F1 {f1[i]:.2f}  {sample.mask.max()} nuclei, {instances.max()} found", pictures))
+    return sheet(["image", "true instances", "predicted probability", "predicted instances"], rows)
+
+
+def curves_picture(history):
+    """PNG of losses and scores against epoch."""
+    picture = Image.new("RGB", (980, 400), "white")
+    draw = ImageDraw.Draw(picture)
+    epochs = [row["epoch"] for row in history]
+    for left, title, curves in (
+        (60, "loss", {"train_loss": "steelblue", "val_loss": "darkorange"}),
+        (540, "score", {"train_dice": "steelblue", "val_dice": "darkorange", "val_f1": "seagreen"}),
+    ):
+        width, height, top = 400, 300, 40
+        values = [row[name] for row in history for name in curves]
+        low, high = (0, max(values) * 1.05) if title == "loss" else (min(0.5, *values, 0.5), 1)
+        low, high = (low, high) if high > low else (low, low + 1)
+
+        def point(epoch, value):
+            x = (epoch - epochs[0]) / max(1, epochs[-1] - epochs[0])
+            return left + x * width, top + height * (1 - (value - low) / (high - low))
+
+        draw.rectangle((left, top, left + width, top + height), outline="black")
+        draw.text((left + width / 2 - 15, top + height + 30), "epoch", fill="black")
+        draw.text((left, top - 30), title, fill="black")
+        for tick in np.linspace(low, high, 6):
+            draw.text((left - 38, point(epochs[0], tick)[1] - 6), f"{tick:.2f}", fill="black")
+            draw.line([point(epochs[0], tick), point(epochs[-1], tick)], fill="gainsboro")
+        for epoch in sorted({epochs[i] for i in np.linspace(0, len(epochs) - 1, min(10, len(epochs))).astype(int)}):
+            draw.text((point(epoch, low)[0] - 4, top + height + 8), str(epoch), fill="black")
+        for i, (name, color) in enumerate(curves.items()):
+            points = [point(row["epoch"], row[name]) for row in history]
+            draw.line(points, fill=color, width=2)
+            for x, y in points:
+                draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=color)
+            draw.text((left + 90 + 100 * i, top - 30), f"- {name}", fill=color)
+    return png(picture)
+
+
+# ---------------------------------------------------------------- command line
+def predict_files(model, paths, out):
+    """Segment image files, and all images of folders, into out/predictions: a label TIFF and a picture of outlines each."""
+    files = []
+    for path in map(Path, paths):
+        inside = [f for f in sorted(path.iterdir()) if f.suffix.lower() in SUFFIXES] if path.is_dir() else [path]
+        if not inside:
+            raise UserError(f"--predict {path} holds no image ({', '.join(sorted(SUFFIXES))})")
+        files += inside
+    named = {}
+    for file in files:
+        if not file.exists():
+            raise UserError(f"--predict {file} does not exist")
+        if file.resolve() != named.setdefault(file.stem, file).resolve():
+            raise UserError(f"{named[file.stem]} and {file} would both be written to {file.stem}.tif; predict one, then the other")
+    out = out / "predictions"
+    out.mkdir(parents=True, exist_ok=True)
+    total, bad = 0, []
+    for stem, file in named.items():
+        try:
+            image = read_image(file)
+        except UserError as error:
+            bad.append(str(error))
+            continue
+        instances, _ = segment(model, image)
+        count = int(instances.max())
+        total += count
+        labels = instances.astype(np.uint16 if count <= 65535 else np.uint32)
+        write_file(out / f"{stem}.tif", iio.imwrite("<bytes>", labels, extension=".tif", plugin="tifffile", compression="zlib"))
+        write_file(out / f"{stem}.png", png(outlined(image, instances)))
+        say(f"{file}: {count} nuclei")
+    say(f"{len(named) - len(bad)} images, {total} nuclei, in {out}")
+    if bad:
+        raise UserError("; ".join(bad))
+    return {"n_images": len(named), "n_objects": total}
+
+
+def choose_device(name, precision):
+    """(torch.device, dtype to compute in) for --device and --precision."""
+    try:
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if name == "cuda" and WORLD_SIZE > 1:
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("not a device this script knows")
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} is not to be had here ({str(error).splitlines()[0]}); try --device auto") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        fastest = torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    elif device.type == "cpu":  # bf16 is slower than fp32 where the processor only emulates it
+        cpuinfo = Path("/proc/cpuinfo")
+        native = cpuinfo.exists() and {"avx512_bf16", "amx_bf16"} & set(cpuinfo.read_text().split())
+        fastest = torch.bfloat16 if native else torch.float32
+    else:
+        fastest = torch.float32
+    return device, torch.float32 if precision == "fp32" else fastest
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; --help lists the flags")
+
+
+def at_least(low, kind=int):
+    def convert(text):
+        value = kind(text)
+        if not (math.isfinite(value) and value >= low):
+            raise ValueError
+        return value
+
+    convert.__name__ = f"{kind.__name__} of at least {low:g}"  # argparse names it in its message
+    return convert
+
+
+def parse_arguments(argv):
+    parser = Parser("unet_nuclei.py", description="Train a U-Net that finds and separates nuclei, score it, and apply it.",
+                    allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    add = parser.add_argument_group("data").add_argument
+    add("--data", default=DEFAULT_DATA, metavar="PATH", help="folder or zip with train/ and test/, or `synthetic`")
+    add("--all-images", action="store_true", help="keep what is not fluorescence of the Data Science Bowl's own folders")
+    add("--predict", nargs="+", metavar="PATH", help="images or folders to segment with --checkpoint")
+    add = parser.add_argument_group("model").add_argument
+    add("--boundary", action="store_true", help="3 classes and watershed instead of foreground and components")
+    add("--width", type=at_least(1), metavar="N", help="channels of the first level (default: 64)")
+    add("--checkpoint", metavar="FILE", help="a model.pt to evaluate (--epochs 0) or to --predict with")
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=at_least(0), default=10, metavar="N", help="training epochs; 0 evaluates --checkpoint")
+    add("--batch-size", type=at_least(1), default=4, metavar="N", help="crops a step")
+    add("--lr", type=at_least(1e-12, float), default=3e-3, metavar="RATE", help="highest learning rate")
+    add("--seed", type=at_least(0), default=0, metavar="N", help="of weights, crops and synthetic nuclei")
+    add("--resume", action="store_true", help="go on from OUT/last.pt")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    add("--precision", default="auto", choices=("auto", "fp32"), help="auto is the fastest native one")
+    add("--workers", type=at_least(0), metavar="N", help="loader processes (default: 4 with CUDA, else 0)")
+    add = parser.add_argument_group("output").add_argument
+    add("--out", type=Path, metavar="DIR", help="(default: runs/foreground or runs/boundary)")
+    return parser.parse_args(argv)
+
+
+def describe(name, samples):
+    shapes = [s.image.shape for s in samples]
+    nuclei = sum(len(np.unique(s.mask)) - bool((s.mask == 0).any()) for s in samples)
+    return f"{len(samples)} {name} images of {min(shapes)} to {max(shapes)} pixels with {nuclei} nuclei"
+
+
+def checksum(samples):
+    digest = hashlib.sha256()
+    for sample in samples:
+        for part in (sample.name.encode(), repr(sample.image.shape).encode(), sample.image.tobytes(), sample.mask.tobytes()):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def run(args):
+    """What `main` does, mistakes of the user's raised as UserError."""
+    if args.predict and not args.checkpoint:
+        raise UserError("--predict needs --checkpoint, the model.pt of a training run")
+    if args.checkpoint and not args.predict and args.epochs:
+        raise UserError("--checkpoint goes with --epochs 0 (evaluate) or --predict; to train on, use --resume")
+    if not args.checkpoint and not args.epochs:
+        raise UserError("--epochs 0 needs --checkpoint, the model.pt to evaluate")
+    device, precision = choose_device(args.device, args.precision)
+    model = None
+    if args.checkpoint:
+        model = load_model(args.checkpoint, device, precision)
+        kind = "boundary" if model.settings["boundary"] else "foreground"
+        if args.boundary and kind == "foreground":
+            raise UserError(f"--boundary, but {args.checkpoint} is a foreground model; leave --boundary out")
+        if args.width not in (None, model.settings["width"]):
+            raise UserError(f"--width is {args.width} but {args.checkpoint} has {model.settings['width']}; leave --width out")
+        args.boundary = kind == "boundary"
+    args.width = args.width or 64
+    args.out = args.out or Path("runs", "boundary" if args.boundary else "foreground")
+    if args.predict:
+        return predict_files(model, args.predict, args.out)
+
+    if WORLD_SIZE > 1:
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if RANK:
+            torch.distributed.barrier()  # rank 0 downloads
+    train, test = load_data(args.data, args.seed, args.all_images)
+    if WORLD_SIZE > 1 and not RANK:
+        torch.distributed.barrier()
+    args.out.mkdir(parents=True, exist_ok=True)
+    say(f"data: {describe('training', train)}; {describe('test', test)}")
+    say(f"device: {device}, computing in {str(precision).split('.')[1]}, {WORLD_SIZE} process(es)")
+    channels = [args.width * 2**level for level in range(5)]
+    size = sum(p.numel() for p in UNet(1, 3 if args.boundary else 1, args.width).parameters())
+    say(f"network: U-Net with {channels} channels, {size:,} parameters, {'boundary' if args.boundary else 'foreground'} model")
+    data = {"checksum": checksum(train + test)}
+    rate = None
+    if args.epochs:
+        history = run_training(args, train, data, device, precision)
+        if WORLD_SIZE > 1:
+            torch.distributed.destroy_process_group()
+        if RANK:
+            return {}
+        model = load_model(args.out / "model.pt", device, precision)
+        write_file(args.out / "curves.png", curves_picture(history))
+        rate = round(float(np.mean([row["images_per_second"] for row in history])), 3)
+
+    metrics, f1 = evaluate(model, test)
+    write_file(args.out / "samples.png", samples_picture(model, test, f1))
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+                "scikit-image": skimage.__version__, "scipy": scipy.__version__}  # fmt: skip
+    metrics |= {
+        "data": str(args.data), "data_sha256": data["checksum"], "train_images_per_second": rate,
+        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
+        "device": str(device), "precision": str(precision), "versions": versions,
+    }  # fmt: skip
+    write_file(args.out / "metrics.json", json.dumps(metrics, indent=1).encode())
+    if NOTEBOOK:
+        from IPython.display import Image as Picture, display
+
+        for name in ("data.png", "curves.png", "samples.png"):
+            if (args.out / name).exists():
+                display(Picture(filename=str(args.out / name)))
+    say(f"{metrics['n_images']} test images: AP = TP / (TP + FP + FN) {metrics['ap@0.5']:.4f} at IoU 0.5, "
+        f"{metrics['ap@0.5:0.95']:.4f} over IoU 0.5 to 0.95")  # fmt: skip
+    say(f"of {metrics['n_objects']} nuclei {metrics['found']} found, {metrics['missed']} missed; {metrics['made_up']} made up (IoU 0.5)")
+    say(f"model, scores and pictures are in {args.out}")
+    say(f"segment your images: python unet_nuclei.py --checkpoint {args.checkpoint or args.out / 'model.pt'} --predict FOLDER")
+    say(f"Mean f1 score: {metrics['f1@0.5']:.4f}")
+    return metrics
+
+
+def main(argv=None):
+    """The command line; `argv` is a list of its words. Returns the metrics as a dict.
+
+    A mistake of the user's ends with one line and status 2, Ctrl-C with status 130, SIGTERM with 143. In a notebook
+    they are exceptions that show as one line, and the kernel's own arguments are left alone.
+    """
+    if argv is None:
+        argv = [] if NOTEBOOK else sys.argv[1:]
+
+    def terminate(*_):
+        raise Terminated
+
+    handler = None
+    if threading.current_thread() is threading.main_thread():
+        handler = signal.signal(signal.SIGTERM, terminate)
+    out = None
+    try:
+        args = parse_arguments(argv)
+        try:
+            return run(args)
+        finally:
+            out = args.out
+    except UserError as error:
+        message, status = str(error), 2
+    except torch.cuda.OutOfMemoryError:
+        message, status = "the GPU is out of memory; lower --batch-size or --width", 2
+    except OSError as error:
+        message, status = f"{error.strerror or error}: {error.filename or out}; free space or choose another --out", 2
+    except KeyboardInterrupt as stop:
+        message, status = "stopped", 143 if isinstance(stop, Terminated) else 130
+        if out and (out / "last.pt").exists():
+            message += "; the same command with --resume goes on from the last whole epoch"
+    finally:
+        if handler is not None:
+            signal.signal(signal.SIGTERM, handler)
+    live("")
+    if NOTEBOOK:
+        raise UserError(message) from None
+    print(f"error: {message}" if status == 2 else message, file=sys.stderr)
+    raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    if "__file__" in globals():
+        main()
+    else:
+        print('unet_nuclei is ready. To train, run in the next cell: main(["--boundary", "--epochs", "10"])')
