@@ -59,6 +59,7 @@ OUTPUTS = ("model.pt", "last.pt", "history.csv", "metrics.json", "data.png", "sa
 CROP = 256  # side of a training crop in pixels
 THRESHOLDS = tuple(i / 100 for i in range(50, 100, 5))  # IoU thresholds of AP 0.5:0.95
 SMOOTH, SUMMIT, SURE = 1.0, 0.1, 0.8  # see the README
+ZOOM = -1, 1
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 NOTEBOOK = "ipykernel" in sys.modules
 
@@ -290,7 +291,7 @@ def load_data(path, seed=0, all_images=False):
     if not path.exists():
         if str(path) != DEFAULT_DATA:
             raise UserError(f"--data {path} does not exist; give a folder or a zip, or --data synthetic")
-        attached = (f for depth in range(4) for f in sorted(KAGGLE_INPUT.glob("*/" * depth)) if find_layout(f))
+        attached = (f for depth in (1, 2, 3) for f in sorted(KAGGLE_INPUT.glob("*/" * depth)) if find_layout(f))
         path_or_none = next(attached, None)
         if path_or_none is None:
             download(DATA_URL, DATA_SHA256, path)
@@ -367,12 +368,36 @@ def uniform(low, high):
 
 
 def augment(image, mask):
-    """Random flip and right-angle rotation, zoom, contrast, brightness, blur and noise of one crop and its mask."""
+    """One crop and its mask flipped, turned, zoomed, and of other contrast, brightness, sharpness and noise."""
     turns, flip = divmod(int(torch.randint(8, ())), 2)
     image, mask = np.rot90(image, turns), np.rot90(mask, turns)
     if flip:
         image, mask = image[:, ::-1], mask[:, ::-1]
+    if uniform(0, 1) < 0.5:
+        image, mask = zoom(image, mask, 2 ** uniform(*ZOOM))
+    if uniform(0, 1) < 0.5:
+        image = np.sign(image) * np.abs(image) ** (2 ** uniform(-1, 1))
+    image = image * 2 ** uniform(-0.5, 0.5) + uniform(-0.1, 0.1)
+    if uniform(0, 1) < 0.25:
+        image = ndimage.gaussian_filter(image, uniform(0.5, 2))
+    if uniform(0, 1) < 0.5:
+        image = image + uniform(0, 0.15) * torch.randn(image.shape).numpy()
     return np.ascontiguousarray(image), np.ascontiguousarray(mask)
+
+
+def zoom(image, mask, factor):
+    """Magnify a random part of a crop to the whole, or shrink the whole and fill up with its mirror images."""
+    side = min(CROP, round(CROP / factor))
+    y, x = (int(torch.randint(CROP - side + 1, ())) for _ in range(2))
+    to = min(CROP, round(side * factor))
+
+    def resize(array, mode, dtype):
+        part = torch.from_numpy(array[y : y + side, x : x + side].astype(dtype))[None, None]
+        smooth = {"antialias": factor < 1} if mode == "bilinear" else {}
+        part = F.interpolate(part, size=(to, to), mode=mode, **smooth)[0, 0].numpy()
+        return np.pad(part, (0, CROP - to), mode="symmetric")
+
+    return resize(image, "bilinear", np.float32), resize(mask, "nearest-exact", np.float64).astype(mask.dtype)
 
 
 # ---------------------------------------------------------------- targets
@@ -493,7 +518,7 @@ def overlaps(seg, mask):
         if image.dtype.kind not in "iub":
             raise ValueError(f"ids must be integers, not {image.dtype}")
         if image.size and (image.min() < 0 or image.max() > image.size):  # ids too sparse to index an array with
-            image = np.unique(image, return_inverse=True)[1].reshape(image.shape) + int(image.min() > 0)
+            image = np.where(image == 0, 0, np.unique(image, return_inverse=True)[1].reshape(image.shape) + 1)
         labels.append(image.ravel())
         areas.append(np.bincount(labels[-1].astype(np.intp, copy=False), minlength=1))
     both = np.flatnonzero((labels[0] > 0) & (labels[1] > 0))
@@ -590,20 +615,26 @@ def connected_components(foreground_prediction, threshold=0.5):
     return label(np.asarray(foreground_prediction) > threshold, connectivity=1).astype(np.int32)
 
 
+def summits(depth, tile=TILE):
+    """(H, W) bool: the maxima that stand out by SUMMIT from the pass to any higher one (h-maxima, Soille 2003, sec. 6.3).
+
+    In tiles, since the reconstruction sorts all its pixels.
+    """
+    return on_tiles(lambda part: part - reconstruction(part - SUMMIT, part) > 0.999 * SUMMIT, depth, tile)
+
+
 def instance_segmentation(foreground_prediction, boundary_prediction, threshold=0.5):
     """(H, W) probabilities of foreground and boundary -> (H, W) int32 instance ids, 0 is background.
 
-    A nucleus is where foreground and boundary together exceed the threshold, so that it covers its rim. Markers are the
-    summits of foreground minus boundary that stand out by SUMMIT (h-maxima, Soille 2003, sec. 6.3); the watershed of
-    boundary minus foreground shares out the pixels between them. Raises ValueError if the shapes differ.
+    Nuclei are where foreground and boundary together exceed the threshold, so that they cover their rims; the watershed
+    shares them out between the summits of the foreground. Raises ValueError if the shapes differ.
     """
     foreground, boundary = np.asarray(foreground_prediction, np.float32), np.asarray(boundary_prediction, np.float32)
     if foreground.shape != boundary.shape:
         raise ValueError(f"shapes differ: {foreground.shape} and {boundary.shape}")
     inside = foreground + boundary > threshold
     depth = ndimage.gaussian_filter(foreground, SMOOTH)
-    markers = on_tiles(lambda d: d - reconstruction(d - SUMMIT, d) > 0.999 * SUMMIT, depth)
-    return watershed(-depth, label(markers & inside), mask=inside).astype(np.int32)
+    return watershed(-depth, label(summits(depth) & inside), mask=inside).astype(np.int32)
 
 
 def keep_sure(instances, nucleus, smallest):

@@ -1,0 +1,663 @@
+"""Tests of unet_nuclei.py: `make test`. `python test_unet_nuclei.py bench` prints the ratios of the README.
+
+They make their own images, need no network and write to temporary folders only.
+"""
+import contextlib
+import csv
+import hashlib
+import http.server
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+from scipy.optimize import linear_sum_assignment
+
+import unet_nuclei as un
+
+SCRIPT = Path(un.__file__)
+TINY = ["--data", "synthetic", "--width", "2", "--epochs", "1", "--batch-size", "10"]
+
+
+def run(*words, cwd, **options):
+    """The script in a process of its own: (status, standard output, standard error)."""
+    done = subprocess.run([sys.executable, SCRIPT, *map(str, words)], cwd=cwd, capture_output=True, text=True, **options)
+    return done.returncode, done.stdout, done.stderr
+
+
+def write_data(root, train=3, test=1, size=64, seed=0):
+    """A small data folder on disk; returns it."""
+    rng = np.random.default_rng(seed)
+    for split, n in (("train", train), ("test", test)):
+        for kind in ("images", "masks"):
+            (root / split / kind).mkdir(parents=True, exist_ok=True)
+        for i in range(n):
+            image, mask = un.draw_nuclei(rng, size)
+            iio.imwrite(root / split / "images" / f"{i}.tif", image)
+            iio.imwrite(root / split / "masks" / f"{i}.tif", mask.astype(np.uint16))
+    return root
+
+
+def squares(*boxes, shape=(40, 40)):
+    mask = np.zeros(shape, np.int32)
+    for i, (y, x, height, width) in enumerate(boxes, 1):
+        mask[y : y + height, x : x + width] = i
+    return mask
+
+
+# ---------------------------------------------------------------- network
+def test_unet_has_the_parameters_of_the_notebook():
+    plain, normal = un.UNet(1, 1, norm=False), un.UNet(1, 1)
+    assert sum(p.numel() for p in plain.parameters()) == 31_030_593
+    convolutions = [m for m in normal.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.ConvTranspose2d))]
+    assert sum(p.numel() for m in convolutions for p in m.parameters()) == 31_030_593
+
+
+@pytest.mark.parametrize("inputs, outputs, width, height, breadth", [(1, 1, 4, 16, 16), (1, 3, 8, 64, 32), (3, 2, 2, 48, 80)])
+def test_unet_shapes(inputs, outputs, width, height, breadth):
+    model = un.UNet(inputs, outputs, width)
+    levels = []
+    for block in model.encoder:
+        block.register_forward_hook(lambda _, __, out: levels.append(tuple(out.shape[1:])))
+    logits = model(torch.randn(2, inputs, height, breadth))
+    assert logits.shape == (2, outputs, height, breadth) and logits.dtype == torch.float32
+    assert levels == [(width << i, height >> i, breadth >> i) for i in range(5)]
+
+
+def test_unet_refuses_sides_it_cannot_halve_four_times():
+    with pytest.raises(ValueError, match="16"):
+        un.UNet(1, 1, 2)(torch.zeros(1, 1, 24, 32))
+
+
+# ---------------------------------------------------------------- targets
+MASK = np.array([[0, 0, 0, 0, 0, 0, 0, 0],
+                 [0, 5, 5, 5, 9, 9, 9, 0],
+                 [0, 5, 5, 5, 9, 9, 9, 0],
+                 [0, 5, 5, 5, 9, 9, 9, 0],
+                 [0, 0, 0, 0, 0, 0, 0, 0]])  # fmt: skip
+
+
+def test_foreground_target():
+    target = un.foreground_target(MASK)
+    assert target.dtype == torch.float32 and target.shape == (1, 5, 8)
+    assert torch.equal(target[0] == 1, torch.from_numpy(MASK > 0)) and set(target.unique().tolist()) == {0, 1}
+
+
+def test_boundary_target_is_the_rim_of_each_nucleus():
+    target = un.boundary_target(MASK)
+    assert target.dtype == torch.int64
+    assert target.tolist() == [
+        [0, 0, 0, 0, 0, 0, 0, 0],
+        [0, 2, 2, 2, 2, 2, 2, 0],
+        [0, 2, 1, 2, 2, 1, 2, 0],
+        [0, 2, 2, 2, 2, 2, 2, 0],
+        [0, 0, 0, 0, 0, 0, 0, 0],
+    ]
+
+
+def test_depth_target_softens_the_boundary_target():
+    mask = squares((2, 2, 11, 11), (2, 13, 11, 11), (30, 30, 1, 1))
+    background, foreground, boundary = un.depth_target(mask).numpy()
+    assert np.array_equal(background, mask == 0) and np.allclose(background + foreground + boundary, 1)
+    assert foreground[7, 7] == foreground[7, 18] == foreground[30, 30] == 1  # one summit a nucleus, however small
+    rim = un.boundary_target(mask).numpy() == 2
+    assert foreground[rim & (mask < 3)].max() < 0.1
+    assert np.all(np.diff(foreground[7, 2:8]) > 0)
+
+
+def test_separated_target_opens_the_seam_only():
+    assert un.separated_target(MASK)[0].tolist() == [
+        [0, 0, 0, 0, 0, 0, 0, 0],
+        [0, 1, 1, 0, 0, 1, 1, 0],
+        [0, 1, 1, 0, 0, 1, 1, 0],
+        [0, 1, 1, 0, 0, 1, 1, 0],
+        [0, 0, 0, 0, 0, 0, 0, 0],
+    ]
+
+
+def test_targets_of_an_empty_mask():
+    empty = np.zeros((8, 8), int)
+    assert un.foreground_target(empty).sum() == un.boundary_target(empty).sum() == un.separated_target(empty).sum() == 0
+    assert un.depth_target(empty)[0].min() == 1
+
+
+# ---------------------------------------------------------------- dataset
+def test_crops_reach_every_offset():
+    image = np.arange(258 * 257, dtype=np.float32).reshape(258, 257)
+    dataset = un.NucleiDataset([image], [np.zeros(image.shape, int)])
+    torch.manual_seed(0)
+    corners = {divmod(int(dataset[0][0][0, 0, 0]), 257) for _ in range(200)}
+    assert corners == {(y, x) for y in range(3) for x in range(2)}
+
+
+def test_small_images_are_padded_with_background():
+    dataset = un.NucleiDataset([np.full((10, 300), 7, np.float32)], [np.ones((10, 300), int)])
+    image, mask = dataset[0]
+    assert image.shape == (1, 256, 256) and mask.shape == (256, 256)
+    assert mask[:10].min() == 1 and mask[10:].max() == 0
+
+
+def test_transforms_of_image_mask_and_both():
+    dataset = un.NucleiDataset(
+        [np.ones((256, 256), np.float32)], [np.ones((256, 256), int)], image_transform=lambda image: image * 3,
+        mask_transform=un.foreground_target, transform=lambda image, mask: (image + 1, mask * 0),
+    )  # fmt: skip
+    image, target = dataset[0]
+    assert image.unique().tolist() == [6] and target.shape == (1, 256, 256) and target.max() == 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_crops_differ_between_epochs_and_workers_and_repeat_with_the_seed(workers):
+    rng = np.random.default_rng(0)
+    images = [rng.normal(size=(300, 300)).astype(np.float32)] * 4
+    dataset = un.NucleiDataset(images, [np.ones((300, 300), int)] * 4, transform=un.augment)
+
+    def two_epochs():
+        torch.manual_seed(1)
+        loader = torch.utils.data.DataLoader(dataset, num_workers=workers)
+        return torch.cat([image for _ in range(2) for image, _ in loader])
+
+    first, again = two_epochs(), two_epochs()
+    assert torch.equal(first, again)
+    assert len({tuple(image.ravel()[:50].tolist()) for image in first}) == 8
+
+
+def test_augment_keeps_image_and_mask_together():
+    image, mask = un.draw_nuclei(np.random.default_rng(3))
+    image = un.normalize(image, un.fit_normalization([image]))
+    torch.manual_seed(0)
+    for _ in range(20):
+        new_image, new_mask = un.augment(image, mask)
+        assert new_image.shape == new_mask.shape == (256, 256) and np.isfinite(new_image).all()
+        if 500 < (new_mask > 0).sum() < 60_000:
+            assert np.median(new_image[new_mask > 0]) > np.median(new_image[new_mask == 0])
+
+
+# ---------------------------------------------------------------- scores
+def test_dice_by_hand():
+    logits, target = torch.tensor([[[[30.0, 30.0], [-30.0, -30.0]]]]), torch.tensor([[[[1.0, 0.0], [1.0, 0.0]]]])
+    assert un.dice_score(logits, target).item() == pytest.approx(0.5)
+    assert un.dice_score(logits, (logits > 0).float()).item() == pytest.approx(1)
+    assert un.dice_score(torch.zeros(1, 1, 2, 2), target).item() == pytest.approx(2 * 1 / (1 + 2))
+    assert un.dice_score(torch.full((1, 1, 4, 4), -30.0), torch.zeros(1, 1, 4, 4)).item() == pytest.approx(1)
+
+
+TWO = squares((2, 2, 10, 10), (20, 20, 10, 10))
+
+
+@pytest.mark.parametrize("name, seg, mask, expected", [
+    ("identical", TWO, TWO, (2, 0, 0)),
+    ("permuted ids", np.array([0, 2, 1])[TWO], TWO, (2, 0, 0)),
+    ("gaps in ids", np.array([0, 7, 70_000])[TWO], TWO, (2, 0, 0)),
+    ("huge ids", np.array([0, 2**31, 2**40])[TWO], TWO, (2, 0, 0)),
+    ("negative ids", np.array([0, -3, 5])[TWO], TWO, (2, 0, 0)),
+    ("split", squares((2, 2, 5, 10), (7, 2, 5, 10), (20, 20, 10, 10)), TWO, (2, 1, 0)),
+    ("split unevenly in three", squares((2, 2, 4, 10), (6, 2, 3, 10), (9, 2, 3, 10)), squares((2, 2, 10, 10)), (0, 3, 1)),
+    ("merged", squares((2, 2, 10, 20)), squares((2, 2, 10, 10), (2, 12, 10, 10)), (1, 0, 1)),
+    ("shifted a little", squares((2, 4, 10, 10)), squares((2, 2, 10, 10)), (1, 0, 0)),
+    ("shifted too far", squares((2, 8, 10, 10)), squares((2, 2, 10, 10)), (0, 1, 1)),
+    ("missed", squares((2, 2, 10, 10)), TWO, (1, 0, 1)),
+    ("spurious", TWO, squares((2, 2, 10, 10)), (1, 1, 0)),
+    ("both empty", TWO * 0, TWO * 0, (0, 0, 0)),
+    ("nothing found", TWO * 0, TWO, (0, 0, 2)),
+    ("nothing there", TWO, TWO * 0, (0, 2, 0)),
+    ("IoU exactly 0.5", squares((2, 2, 5, 10)), squares((2, 2, 10, 10)), (1, 0, 0)),
+])  # fmt: skip
+def test_match_counts(name, seg, mask, expected):
+    assert un.match_counts(seg, mask) == expected
+    tp, fp, fn = expected
+    assert un.f1_score(seg, mask) == (1.0 if tp + fp + fn == 0 else 2 * tp / (2 * tp + fp + fn))
+    for dtype in (np.uint8, np.uint16, np.int64, np.uint64):
+        if 0 <= seg.min() and seg.max() <= np.iinfo(dtype).max:
+            assert un.match_counts(seg.astype(dtype), mask.astype(np.int16)) == expected
+
+
+def test_iou_of_exactly_the_threshold_counts_at_all_thresholds():
+    for threshold in un.THRESHOLDS:
+        n = round(threshold * 20)
+        assert un.match_counts(squares((0, 0, 1, n)), squares((0, 0, 1, 20)), threshold) == (1, 0, 0)
+        assert un.match_counts(squares((0, 0, 1, n - 1)), squares((0, 0, 1, 20)), threshold) == (0, 1, 1)
+
+
+def test_match_counts_refuses_what_cannot_be_compared():
+    with pytest.raises(ValueError, match="shapes"):
+        un.match_counts(np.zeros((3, 3), int), np.zeros((3, 4), int))
+    with pytest.raises(ValueError, match="integers"):
+        un.match_counts(np.zeros((3, 3)), np.zeros((3, 3), int))
+
+
+def dense_match_counts(seg, mask, threshold):
+    """The reference: an optimal assignment on the dense matrix of all pairs of objects."""
+    seg_ids, mask_ids = (np.unique(image[image > 0]) for image in (seg, mask))
+    table = np.zeros((int(seg.max()) + 1, int(mask.max()) + 1))
+    np.add.at(table, (seg, mask), 1)
+    union = table.sum(1, keepdims=True) + table.sum(0, keepdims=True) - table
+    good = (table / np.maximum(union, 1) >= threshold)[np.ix_(seg_ids, mask_ids)]
+    tp = int(good[linear_sum_assignment(good, maximize=True)].sum())
+    return tp, len(seg_ids) - tp, len(mask_ids) - tp
+
+
+@pytest.mark.parametrize("threshold", [0.2, 0.5, 0.75])
+def test_match_counts_equal_an_optimal_assignment(threshold):
+    rng = np.random.default_rng(int(threshold * 100))
+    for _ in range(200):
+        mask = un.label(rng.random((12, 12)) < 0.6, connectivity=1)
+        seg = np.where(rng.random((12, 12)) < 0.2, rng.integers(0, 9, (12, 12)), np.roll(mask, rng.integers(0, 2), 1))
+        assert un.match_counts(seg, mask, threshold) == dense_match_counts(seg, mask, threshold)
+
+
+# ---------------------------------------------------------------- instances
+def test_touching_nuclei_come_apart_and_cover_their_rims():
+    for mask in (squares((2, 2, 12, 12), (2, 14, 12, 12), (25, 5, 6, 6)), squares((5, 5, 30, 15), (5, 20, 30, 15))):
+        for target in (np.eye(3)[un.boundary_target(mask).numpy()].transpose(2, 0, 1), un.depth_target(mask).numpy()):
+            instances = un.instance_segmentation(target[1], target[2])
+            assert instances.shape == mask.shape and np.array_equal(instances > 0, mask > 0)
+            assert un.match_counts(instances, mask, 0.9) == (mask.max(), 0, 0)
+
+
+def test_instances_of_nothing_and_of_unequal_maps():
+    assert un.instance_segmentation(np.zeros((20, 30)), np.zeros((20, 30))).max() == 0
+    with pytest.raises(ValueError, match="shapes"):
+        un.instance_segmentation(np.zeros((20, 30)), np.zeros((30, 20)))
+
+
+def test_connected_components():
+    assert un.connected_components(TWO * 0.4).max() == 1 and un.connected_components((TWO > 0) * 0.9).max() == 2
+
+
+def test_keep_sure_drops_the_small_and_the_doubtful():
+    instances = squares((0, 0, 5, 5), (10, 10, 2, 2), (20, 20, 5, 5), (30, 30, 5, 5))
+    nucleus = np.where(instances == 3, 0.6, 0.95)
+    kept = un.keep_sure(instances, nucleus, smallest=10)
+    assert np.array_equal(kept, np.array([0, 1, 0, 0, 2])[instances])
+
+
+# ---------------------------------------------------------------- prediction
+@pytest.mark.parametrize("shape", [(1, 40), (40, 1), (17, 300), (16, 16), (1, 1), (33, 47), (256, 256)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_predict_at_awkward_sizes(shape, channels):
+    probabilities = un.predict(un.UNet(1, channels, 2), np.random.default_rng(0).normal(size=shape))
+    assert probabilities.shape == (channels, *shape) and probabilities.dtype == np.float32
+    assert probabilities.min() >= 0 and probabilities.max() <= 1
+    if channels == 3:
+        assert np.allclose(probabilities.sum(0), 1, atol=1e-5)
+
+
+def test_tiles_agree_with_the_whole_image():
+    torch.manual_seed(0)
+    model, image = un.UNet(1, 3, 4), np.random.default_rng(1).normal(size=(700, 530)).astype(np.float32)
+    whole = un.predict(model, image, tile=1024)
+    assert np.abs(un.predict(model, image, tile=160) - whole).max() < 1e-4
+
+
+def test_the_margin_covers_the_receptive_field():
+    model = un.UNet(1, 1, 2, norm=False)
+    for module in model.modules():  # no ReLU may hide a path, no weights cancel
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.ConvTranspose2d)):
+            torch.nn.init.constant_(module.weight, 0.1)
+            torch.nn.init.constant_(module.bias, 0.1)
+    reach = 0
+    for y in range(256, 272):  # the grid of the pooling makes it differ between pixels
+        x = torch.rand(1, 1, 528, 16).requires_grad_()
+        model(x)[0, 0, y, 8].backward()
+        rows = x.grad[0, 0].abs().amax(1).nonzero()
+        reach = max(reach, y - int(rows.min()), int(rows.max()) - y)
+    assert 80 < reach <= un.MARGIN
+
+
+def test_markers_do_not_depend_on_tiles():
+    depth = un.depth_target(un.draw_nuclei(np.random.default_rng(5), 400)[1])[1].numpy()
+    depth += 0.05 * np.random.default_rng(0).standard_normal(depth.shape).astype(np.float32)
+    assert np.array_equal(un.summits(depth, tile=96), un.summits(depth))
+
+
+# ---------------------------------------------------------------- data
+def test_synthetic_images_repeat_with_the_seed_and_test_images_are_others():
+    (train, test), (again, _), (other, _) = un.synthetic(0), un.synthetic(0), un.synthetic(1)
+    assert all(np.array_equal(a.image, b.image) and np.array_equal(a.mask, b.mask) for a, b in zip(train, again))
+    assert not np.array_equal(train[0].image, other[0].image)
+    assert not any(np.array_equal(a.image, b.image) for a in train for b in test)
+    touching = np.mean([un.between(s.mask).any() for s in train])
+    assert touching > 0.9 and min(s.mask.max() for s in train) >= 3
+
+
+def test_load_data_pairs_by_stem_and_takes_any_ids(tmp_path):
+    root = write_data(tmp_path / "outer" / "my data ü", train=2)
+    mask = iio.imread(root / "train/masks/0.tif")
+    ids = np.where(mask > 0, mask.astype(np.uint32) * 70_001, 0).astype(np.uint32)
+    iio.imwrite(root / "train/masks/0.tif", ids, plugin="tifffile")
+    color = np.repeat(iio.imread(root / "train/images/1.tif").astype(np.uint8)[..., None], 4, -1)
+    (root / "train/images/1.tif").unlink()
+    iio.imwrite(root / "train/images/1.png", color)
+    train, test = un.load_data(tmp_path / "outer")  # train/ and test/ are one folder down
+    assert [s.name for s in train] == ["0", "1"] and len(test) == 1
+    assert un.match_counts(train[0].mask, mask, 1.0)[1:] == (0, 0) and train[0].mask.max() < 1000
+    assert np.array_equal(train[1].image, color[..., 0])
+    archive = tmp_path / "data.zip"
+    with zipfile.ZipFile(archive, "w") as members:
+        for file in root.rglob("*.*"):
+            members.write(file, Path("dsb") / file.relative_to(root))
+    zipped, _ = un.load_data(archive)
+    assert un.checksum(zipped) == un.checksum(train)
+
+
+def write_kaggle(root, n=12):
+    rng = np.random.default_rng(0)
+    for i in range(n):
+        image, mask = un.draw_nuclei(rng, 64)
+        image = (255 * image.astype(float) / image.max()).astype(np.uint8)
+        rgba = np.stack([image] * 3 + [np.full_like(image, 255)], -1)
+        if i == 3:  # bright field: dark nuclei on white
+            rgba[..., :3] = 255 - rgba[..., :3]
+        if i == 4:  # stained tissue
+            rgba[..., 1] //= 2
+        (root / f"id{i:02d}/images").mkdir(parents=True)
+        (root / f"id{i:02d}/masks").mkdir()
+        iio.imwrite(root / f"id{i:02d}/images/id{i:02d}.png", rgba)
+        for j in range(1, mask.max() + 1):
+            if (mask == j).any():
+                iio.imwrite(root / f"id{i:02d}/masks/{j}.png", (mask == j).astype(np.uint8) * 255)
+
+
+def test_kaggle_layout_as_folder_as_zip_and_found_by_itself(tmp_path, monkeypatch):
+    root = tmp_path / "input/data-science-bowl-2018"
+    write_kaggle(root / "stage1_train")
+    train, test = un.load_data(root)
+    assert len(train) == 9 and [s.name for s in test] == ["id11"]  # 12 less two that are no fluorescence, the tenth for test
+    assert {"id03", "id04"}.isdisjoint(s.name for s in train) and train[0].mask.max() > 1
+    assert sum(map(len, un.load_data(root, all_images=True))) == 12
+    monkeypatch.setattr(un, "KAGGLE_INPUT", tmp_path / "input")
+    monkeypatch.chdir(tmp_path)
+    assert un.checksum(un.load_data(un.DEFAULT_DATA)[0]) == un.checksum(train)
+    zipped = tmp_path / "zipped"
+    zipped.mkdir()
+    with zipfile.ZipFile(zipped / "stage1_train.zip", "w") as members:
+        for file in (root / "stage1_train").rglob("*.png"):
+            members.write(file, file.relative_to(root / "stage1_train"))
+    assert un.checksum(un.load_data(zipped)[0]) == un.checksum(train)
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A local HTTP server of tmp_path/served: (folder, address)."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(folder))
+
+        def log_message(self, *_):
+            pass
+
+        def do_GET(self):
+            if "cut" not in self.path:
+                return super().do_GET()
+            data = (folder / "good.zip").read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data[: len(data) // 2])
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+
+
+@pytest.mark.parametrize("case, message", [
+    ("good", None), ("wrong checksum", "not the released file"), ("cut", "incomplete|cannot be fetched"),
+    ("404", "--data synthetic"), ("no server", "--data synthetic"), ("escape", "outside its folder"),
+])  # fmt: skip
+def test_download(server, tmp_path, monkeypatch, case, message):
+    folder, address = server
+    root = write_data(tmp_path / "made")
+    for name in ("good.zip", "escape.zip"):
+        with zipfile.ZipFile(folder / name, "w") as members:
+            for file in root.rglob("*.tif"):
+                members.write(file, Path("dsb2018") / file.relative_to(root))
+            if name == "escape.zip":
+                members.writestr("../outside.txt", "x")
+    name = {"good": "good.zip", "wrong checksum": "good.zip", "escape": "escape.zip"}.get(case, f"{case}.zip")
+    right = hashlib.sha256((folder / ("escape.zip" if case == "escape" else "good.zip")).read_bytes()).hexdigest()
+    monkeypatch.setattr(un, "DATA_URL", f"{'http://127.0.0.1:9' if case == 'no server' else address}/{name}".replace(" ", ""))
+    monkeypatch.setattr(un, "DATA_SHA256", "0" * 64 if case == "wrong checksum" else right)
+    monkeypatch.setattr(un, "KAGGLE_INPUT", tmp_path / "none")
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    if message is None:
+        assert len(un.load_data("dsb2018")[0]) == 3 and os.listdir(work) == ["dsb2018"]
+    else:
+        with pytest.raises(un.UserError, match=message):
+            un.load_data("dsb2018")
+        assert os.listdir(work) == [] and not (tmp_path / "outside.txt").exists()
+
+
+# ---------------------------------------------------------------- the command line
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A boundary and a foreground run of the smallest kind: {kind: (folder, standard output)}."""
+    runs = {}
+    for kind, flags in (("boundary", ["--boundary"]), ("foreground", [])):
+        folder = tmp_path_factory.mktemp(kind)
+        status, out, err = run(*flags, *TINY, cwd=folder)
+        assert status == 0 and err == "", err
+        runs[kind] = folder / "runs" / kind, out
+    return runs
+
+
+@pytest.mark.parametrize("kind", ["boundary", "foreground"])
+def test_a_run_leaves_everything_behind(trained, kind):
+    out, text = trained[kind]
+    assert sorted(f.name for f in out.iterdir()) == sorted(un.OUTPUTS)
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert text.splitlines()[-1] == f"Mean f1 score: {metrics['f1@0.5']:.4f}" and "\r" not in text and "\033" not in text
+    for name in ("f1@0.5", "f1@0.75", "ap@0.5", "ap@0.75", "ap@0.5:0.95"):
+        assert 0 <= metrics[name] <= 1
+    assert metrics["n_images"] == 12 and metrics["found"] + metrics["missed"] == metrics["n_objects"] > 100
+    assert metrics["train_images_per_second"] > 0 and metrics["predict_images_per_second"] > 0
+    assert metrics["data"] == "synthetic" and metrics["settings"]["width"] == 2 and "torch" in metrics["versions"]
+    rows = list(csv.DictReader((out / "history.csv").open()))
+    assert len(rows) == 1 and {"epoch", "train_loss", "val_loss", "train_dice", "val_f1", "lr", "seconds"} <= set(rows[0])
+    for name in ("data.png", "samples.png", "curves.png"):
+        assert iio.imread(out / name).std() > 10 and (out / name).stat().st_size < 2e6
+
+
+def test_predictions_open_elsewhere(trained, tmp_path):
+    import tifffile  # scikit-image brings it
+
+    images = tmp_path / "some images"
+    images.mkdir()
+    rng = np.random.default_rng(0)
+    iio.imwrite(images / "gray.tif", rng.integers(0, 65535, (70, 33), dtype=np.uint16))
+    iio.imwrite(images / "färbe.png", rng.integers(0, 255, (40, 50, 3), dtype=np.uint8))
+    iio.imwrite(images / "foto.jpg", rng.integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    (images / "notes.txt").write_text("not an image")
+    single = tmp_path / "line.png"
+    iio.imwrite(single, np.zeros((1, 9), np.uint8))
+    model = trained["boundary"][0] / "model.pt"
+    status, out, err = run("--checkpoint", model, "--predict", images, single, "--out", "results", cwd=tmp_path)
+    assert (status, err) == (0, "") and out.splitlines()[-1].startswith("4 images, ")
+    for stem, shape in (("gray", (70, 33)), ("färbe", (40, 50)), ("foto", (64, 64)), ("line", (1, 9))):
+        with tifffile.TiffFile(tmp_path / "results/predictions" / f"{stem}.tif") as tif:
+            labels = tif.asarray()
+            assert labels.shape == shape and labels.dtype == np.uint16 and tif.pages[0].compression != 1
+            assert np.array_equal(np.unique(labels[labels > 0]), np.arange(1, labels.max() + 1))
+        assert iio.imread(tmp_path / "results/predictions" / f"{stem}.png").shape == (*shape, 3)
+
+
+def test_one_bad_file_among_good_ones(trained, tmp_path):
+    iio.imwrite(tmp_path / "good.png", np.zeros((20, 20), np.uint8))
+    (tmp_path / "bad.png").write_text("no image")
+    status, out, err = run("--checkpoint", trained["foreground"][0] / "model.pt", "--predict", tmp_path, cwd=tmp_path)
+    assert status == 2 and err.startswith("error: ") and "bad.png" in err and len(err.splitlines()) == 1
+    assert (tmp_path / "runs/foreground/predictions/good.tif").exists()
+
+
+def test_evaluating_a_checkpoint_repeats_its_scores(trained, tmp_path):
+    folder, _ = trained["boundary"]
+    status, out, _ = run("--epochs", "0", "--checkpoint", folder / "model.pt", "--data", "synthetic", "--out", "again", cwd=tmp_path)
+    before, again = (json.loads((f / "metrics.json").read_text()) for f in (folder, tmp_path / "again"))
+    assert status == 0 and before["f1@0.5"] == again["f1@0.5"] and before["ap@0.5:0.95"] == again["ap@0.5:0.95"]
+
+
+def without_times(history):
+    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in csv.DictReader(history.open())]
+
+
+def same_run(a, b):
+    one, two = (torch.load(f / "last.pt", weights_only=True) for f in (a, b))
+    assert all(torch.equal(one["model"][name], two["model"][name]) for name in one["model"])
+    assert without_times(a / "history.csv") == without_times(b / "history.csv")
+    scores = [json.loads((f / "metrics.json").read_text()) for f in (a, b)]
+    assert all(scores[0][name] == scores[1][name] for name in scores[0] if "@" in name)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, workers):
+    words = ["--boundary", "--workers", workers, *TINY, "--epochs", "4"]
+    assert run(*words, "--out", "whole", cwd=tmp_path)[0] == 0
+    rng = random.Random(workers)
+    for _ in range(int(os.environ.get("KILLS", "2"))):  # at random moments: within an epoch, a checkpoint, the test
+        process = subprocess.Popen([sys.executable, SCRIPT, *map(str, words), "--out", "cut", *again(tmp_path / "cut")], cwd=tmp_path)
+        until(lambda: (tmp_path / "cut/data.png").exists() or process.poll() is not None)
+        time.sleep(rng.uniform(0, 3))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert run(*words, "--out", "cut", *again(tmp_path / "cut"), cwd=tmp_path)[0] == 0
+    same_run(tmp_path / "whole", tmp_path / "cut")
+
+
+def again(out):
+    return ["--resume"] if (out / "last.pt").exists() else []
+
+
+def until(condition, seconds=60):
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end
+        time.sleep(0.02)
+
+
+def test_a_kill_while_writing_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    un.save_checkpoint(path, {"script": un.SCRIPT, "n": 1})
+    pid = os.fork()
+    if pid == 0:  # the child dies between writing and moving
+        os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        un.save_checkpoint(path, {"script": un.SCRIPT, "n": 2})
+    os.waitpid(pid, 0)
+    assert un.load_checkpoint(path)["n"] == 1
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopping_says_how_to_resume(tmp_path, number, status):
+    words = [sys.executable, SCRIPT, "--boundary", *TINY, "--epochs", "1000", "--out", "out"]
+    process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    until(lambda: (tmp_path / "out/history.csv").exists())
+    process.send_signal(number)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == status and len(err.splitlines()) == 1 and "--resume" in err
+
+
+def test_a_new_run_keeps_the_earlier_one(trained, tmp_path):
+    for _ in range(2):
+        status, out, _ = run("--boundary", *TINY, "--out", "out", cwd=tmp_path)
+        assert status == 0
+    assert "earlier-1" in out and (tmp_path / "out/earlier-1/model.pt").exists()
+    same_run(tmp_path / "out", tmp_path / "out/earlier-1")  # two runs of one command are the same
+
+
+def test_resume_refuses_other_settings_and_takes_more_epochs(trained, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "last.pt").write_bytes((trained["boundary"][0] / "last.pt").read_bytes())
+    words = ["--boundary", *TINY, "--out", "out", "--resume"]
+    status, _, err = run(*words, "--lr", "0.1", cwd=tmp_path)
+    assert status == 2 and "0.1" in err and "0.003" in err
+    assert run(*words, "--epochs", "2", cwd=tmp_path)[0] == 0
+    assert [row["epoch"] for row in csv.DictReader((out / "history.csv").open())] == ["1", "2"]
+
+
+def test_a_full_disk_ends_with_one_line_and_the_last_checkpoint(tmp_path):
+    """A file system of its own where the machine lets us mount one, else a limit on the size of files."""
+    out = tmp_path / "out"
+    command = f"ulimit -f 300; exec {sys.executable} {SCRIPT} --boundary --data synthetic --width 4 --epochs 3 --out {out}"
+    done = subprocess.run(["bash", "-c", "trap '' XFSZ; " + command], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+    assert not list(out.glob("*.part"))
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    un.save_checkpoint(path, {"script": un.SCRIPT, "n": 1})
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError):
+        un.save_checkpoint(path, {"script": un.SCRIPT, "n": 2})
+    assert un.load_checkpoint(path)["n"] == 1 and os.listdir(tmp_path) == ["last.pt"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    status, _, err = run(*TINY, "--epochs", "5", "--lr", "1e30", "--out", "out", cwd=tmp_path)
+    assert status == 2 and "epoch" in err and "--lr" in err and len(err.splitlines()) == 1
+    if (tmp_path / "out/last.pt").exists():
+        assert all(v.isfinite().all() for v in un.load_checkpoint(tmp_path / "out/last.pt")["model"].values())
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch evil-was-here",)
+
+
+@pytest.mark.parametrize("case", ["evil", "truncated", "foreign", "text", "missing"])
+def test_checkpoints_are_data(trained, tmp_path, monkeypatch, case):
+    monkeypatch.chdir(tmp_path)
+    path, good = tmp_path / "model.pt", (trained["boundary"][0] / "model.pt").read_bytes()
+    if case == "evil":
+        torch.save(Evil(), path)
+    elif case == "foreign":
+        torch.save(torch.nn.Linear(2, 2).state_dict(), path)
+    elif case != "missing":
+        path.write_bytes(good[: len(good) // 2] if case == "truncated" else b"hello")
+    with pytest.raises(un.UserError, match="model.pt"):
+        un.load_model(path, torch.device("cpu"), torch.float32)
+    assert not Path("evil-was-here").exists()
+
+
+def test_a_model_of_the_other_kind_is_refused(trained, tmp_path):
+    model = trained["foreground"][0] / "model.pt"
+    status, _, err = run("--boundary", "--epochs", "0", "--checkpoint", model, "--data", "synthetic", cwd=tmp_path)
+    assert status == 2 and "foreground" in err and not (tmp_path / "runs").exists()
+
+
+def test_two_processes_train_as_one(tmp_path):
+    words = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(random.randint(20_000, 40_000))]
+    probe = tmp_path / "probe.py"  # runs the script and writes what each rank ends with
+    probe.write_text(
+        "import sys, torch\nsys.path.insert(0, sys.argv.pop(1))\nimport unet_nuclei as un\n"
+        "build = un.build_model\nmodels = []\n"
+        "un.build_model = lambda *a: models.append(build(*a)) or models[-1]\nun.main(sys.argv[1:])\n"
+        "torch.save([p.detach() for p in models[0].parameters()], f'rank{un.RANK}.pt')\n"
+    )
+    done = subprocess.run([sys.executable, *words, probe, SCRIPT.parent, "--boundary", *TINY, "--out", "out"],
+                          cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Mean f1 score") == 1 and sorted(os.listdir(tmp_path / "out")) == sorted(un.OUTPUTS)
+    assert all(np.isfinite(float(v)) for row in csv.DictReader((tmp_path / "out/history.csv").open()) for v in row.values())
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert all(torch.equal(a, b) for a, b in zip(*ranks))
