@@ -2,13 +2,13 @@
 
 They make their own images, need no network and write to temporary folders only.
 """
-import contextlib
 import csv
 import hashlib
 import http.server
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,6 +46,11 @@ def write_data(root, train=3, test=1, size=64, seed=0):
             iio.imwrite(root / split / "images" / f"{i}.tif", image)
             iio.imwrite(root / split / "masks" / f"{i}.tif", mask.astype(np.uint16))
     return root
+
+
+def alike(samples, others):
+    return all(a.name == b.name and np.array_equal(a.image, b.image) and np.array_equal(a.mask, b.mask)
+               for a, b in zip(samples, others, strict=True))  # fmt: skip
 
 
 def squares(*boxes, shape=(40, 40)):
@@ -324,7 +329,7 @@ def test_markers_do_not_depend_on_tiles():
 # ---------------------------------------------------------------- data
 def test_synthetic_images_repeat_with_the_seed_and_test_images_are_others():
     (train, test), (again, _), (other, _) = un.synthetic(0), un.synthetic(0), un.synthetic(1)
-    assert all(np.array_equal(a.image, b.image) and np.array_equal(a.mask, b.mask) for a, b in zip(train, again))
+    assert alike(train, again)
     assert not np.array_equal(train[0].image, other[0].image)
     assert not any(np.array_equal(a.image, b.image) for a in train for b in test)
     touching = np.mean([un.between(s.mask).any() for s in train])
@@ -348,7 +353,7 @@ def test_load_data_pairs_by_stem_and_takes_any_ids(tmp_path):
         for file in root.rglob("*.*"):
             members.write(file, Path("dsb") / file.relative_to(root))
     zipped, _ = un.load_data(archive)
-    assert un.checksum(zipped) == un.checksum(train)
+    assert alike(zipped, train)
 
 
 def write_kaggle(root, n=12):
@@ -378,13 +383,13 @@ def test_kaggle_layout_as_folder_as_zip_and_found_by_itself(tmp_path, monkeypatc
     assert sum(map(len, un.load_data(root, all_images=True))) == 12
     monkeypatch.setattr(un, "KAGGLE_INPUT", tmp_path / "input")
     monkeypatch.chdir(tmp_path)
-    assert un.checksum(un.load_data(un.DEFAULT_DATA)[0]) == un.checksum(train)
+    assert alike(un.load_data(un.DEFAULT_DATA)[0], train)
     zipped = tmp_path / "zipped"
     zipped.mkdir()
     with zipfile.ZipFile(zipped / "stage1_train.zip", "w") as members:
         for file in (root / "stage1_train").rglob("*.png"):
             members.write(file, file.relative_to(root / "stage1_train"))
-    assert un.checksum(un.load_data(zipped)[0]) == un.checksum(train)
+    assert alike(un.load_data(zipped)[0], train)
 
 
 @pytest.fixture
@@ -552,13 +557,13 @@ def until(condition, seconds=60):
 
 def test_a_kill_while_writing_leaves_the_last_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "last.pt"
-    un.save_checkpoint(path, {"script": un.SCRIPT, "n": 1})
+    un.save_checkpoint(path, {"n": 1})
     pid = os.fork()
     if pid == 0:  # the child dies between writing and moving
         os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-        un.save_checkpoint(path, {"script": un.SCRIPT, "n": 2})
+        un.save_checkpoint(path, {"n": 2})
     os.waitpid(pid, 0)
-    assert un.load_checkpoint(path)["n"] == 1
+    assert un.load_checkpoint(path, ["n"])["n"] == 1
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -601,22 +606,22 @@ def test_a_full_disk_ends_with_one_line_and_the_last_checkpoint(tmp_path):
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
     path = tmp_path / "last.pt"
-    un.save_checkpoint(path, {"script": un.SCRIPT, "n": 1})
+    un.save_checkpoint(path, {"n": 1})
 
     def full(_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError):
-        un.save_checkpoint(path, {"script": un.SCRIPT, "n": 2})
-    assert un.load_checkpoint(path)["n"] == 1 and os.listdir(tmp_path) == ["last.pt"]
+        un.save_checkpoint(path, {"n": 2})
+    assert un.load_checkpoint(path, ["n"])["n"] == 1 and os.listdir(tmp_path) == ["last.pt"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     status, _, err = run(*TINY, "--epochs", "5", "--lr", "1e30", "--out", "out", cwd=tmp_path)
     assert status == 2 and "epoch" in err and "--lr" in err and len(err.splitlines()) == 1
     if (tmp_path / "out/last.pt").exists():
-        assert all(v.isfinite().all() for v in un.load_checkpoint(tmp_path / "out/last.pt")["model"].values())
+        assert all(v.isfinite().all() for v in un.load_checkpoint(tmp_path / "out/last.pt", ["model"])["model"].values())
 
 
 class Evil:
@@ -661,3 +666,167 @@ def test_two_processes_train_as_one(tmp_path):
     assert all(np.isfinite(float(v)) for row in csv.DictReader((tmp_path / "out/history.csv").open()) for v in row.values())
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert all(torch.equal(a, b) for a, b in zip(*ranks))
+
+
+# ---------------------------------------------------------------- bad input
+def tif(path, array):
+    path.unlink(missing_ok=True)
+    iio.imwrite(path, array, plugin="tifffile")
+
+
+def edit(name, change):
+    """A change of train/{name}/0.tif of a data folder by a function of its array."""
+    return lambda root: tif(root / f"train/{name}/0.tif", change(iio.imread(root / f"train/{name}/0.tif")))
+
+
+def put(name, data):
+    return lambda root: (root / name).write_bytes(data)
+
+
+def truncate(root):
+    file = root / "train/images/0.tif"
+    file.write_bytes(file.read_bytes()[:-2000])
+
+
+def zipped(cut):
+    def change(root):
+        with zipfile.ZipFile(root.parent / "whole.zip", "w") as members:
+            for file in root.rglob("*.tif"):
+                members.write(file, file.relative_to(root))
+        shutil.rmtree(root)
+        root.write_bytes((root.parent / "whole.zip").read_bytes()[: -1000 if cut else None])
+
+    return change
+
+
+def read_only_link(root):
+    root.rename(root.parent / "real ü")
+    root.symlink_to("real ü", target_is_directory=True)
+    for folder in (root, root / "train", root / "train/images"):
+        folder.chmod(0o555)
+
+
+def nan(image):
+    image = image.astype(np.float32)
+    image[3, 3] = np.nan
+    return image
+
+
+INPUTS = [  # name, what is done to a good data folder, a word of the one line (None: it works)
+    ("path missing", shutil.rmtree, "does not exist"),
+    ("folder empty", lambda root: (shutil.rmtree(root), root.mkdir()), "train/"),
+    ("no zip", lambda root: (shutil.rmtree(root), root.write_text("hello")), "no zip"),
+    ("zip", zipped(cut=False), None),
+    ("zip truncated", zipped(cut=True), "no zip"),
+    ("no masks/", lambda root: shutil.rmtree(root / "train/masks"), "masks"),
+    ("mask missing", lambda root: (root / "train/masks/1.tif").unlink(), "1.tif"),
+    ("image missing", lambda root: (root / "train/images/1.tif").unlink(), "1.tif"),
+    ("pair of different shape", edit("masks", lambda mask: mask[:-1]), "0.tif"),
+    ("image is text", put("train/images/0.tif", b"hello"), "0.tif"),
+    ("image is empty", put("train/images/0.tif", b""), "0.tif"),
+    ("image is truncated", truncate, "0.tif"),
+    ("3-D stack", edit("images", lambda image: np.stack([image] * 5)), "2-D"),
+    ("colour image with alpha", edit("images", lambda image: np.stack([image.astype(np.uint8)] * 4, -1)), None),
+    ("12 bits in 16", edit("images", lambda image: image.clip(0, 4095)), None),
+    ("float image", edit("images", lambda image: image.astype(np.float32) / 1000), None),
+    ("float with NaN", edit("images", nan), "NaN"),
+    ("float with infinity", edit("images", lambda image: np.where(image > image.mean(), np.inf, 0)), "infinite"),
+    ("constant image", edit("images", lambda image: image * 0 + 7), None),
+    ("mask all background", edit("masks", lambda mask: mask * 0), None),
+    ("negative ids", edit("masks", lambda mask: -mask.astype(np.int16)), "negative"),
+    ("fractional ids", edit("masks", lambda mask: mask.astype(np.float32) / 2), "fractional"),
+    ("mask as three equal channels", edit("masks", lambda mask: np.stack([mask.astype(np.uint8)] * 3, -1)), None),
+    ("colour-coded mask", edit("masks", lambda mask: np.stack([mask * 3, mask * 5, mask * 7], -1).astype(np.uint8)), "coloured"),
+    ("0/255 mask", edit("masks", lambda mask: (squares((2, 2, 9, 9), (30, 30, 9, 9), shape=mask.shape) > 0) * np.uint8(255)), "own"),
+    ("one training image", lambda root: [f.unlink() for n in "12" for f in root.glob(f"train/*/{n}.tif")], "at least two"),
+    ("no test image", lambda root: [f.unlink() for f in root.glob("test/*/*.tif")], "no image"),
+    ("read-only, a link, not ASCII", read_only_link, None),
+]
+FLAGS = [
+    ("--epochs -1", "--epochs"), ("--width 0", "--width"), ("--batch-size 0", "--batch-size"), ("--lr nan", "--lr"),
+    ("--lr 0", "--lr"), ("--epochs many", "--epochs"), ("--device cuda:9", "cuda"), ("--device tpu", "tpu"), ("--out file", "file"),
+    ("--out file/below", "file"), ("--predict data", "--checkpoint"), ("--checkpoint none.pt --predict data", "none.pt"),
+    ("--checkpoint {model} --predict empty", "no image"), ("--checkpoint {model} --predict none.tif", "none.tif"),
+    ("--checkpoint {model}", "--epochs 0"), ("--epochs 0", "--checkpoint"), ("--resume", "last.pt"), ("--no-such-flag", "--no-such-flag"),
+    ("--checkpoint {model} --epochs 0 --width 3", "--width"), ("--checkpoint data/test/images/0.tif --epochs 0", "0.tif"),
+]  # fmt: skip
+TABLE = []
+
+
+def call(words, capsys):
+    """`main` in this process: (status, the line on standard error)."""
+    try:
+        un.main(list(map(str, words)))
+        return 0, ""
+    except SystemExit as end:
+        return end.code, capsys.readouterr().err
+
+
+def one_line(status, err, word):
+    assert status == 2 and err.startswith("error: ") and err.count("\n") == 1 and word in err, err
+
+
+@pytest.mark.parametrize("name, change, word", INPUTS, ids=[name for name, *_ in INPUTS])
+def test_data(tmp_path, monkeypatch, capsys, name, change, word):
+    monkeypatch.chdir(tmp_path)
+    change(write_data(tmp_path / "data"))
+    status, err = call(["--data", "data", "--width", "2", "--epochs", "1"], capsys)
+    TABLE.append((name, status, err.strip().replace(str(tmp_path), "") or "works"))
+    if word is None:
+        assert status == 0, err
+    else:
+        one_line(status, err, word)
+        assert not Path("runs").exists()  # nothing was written, nothing trained
+
+
+@pytest.mark.parametrize("flags, word", FLAGS, ids=[flags for flags, _ in FLAGS])
+def test_flags(trained, tmp_path, monkeypatch, capsys, flags, word):
+    monkeypatch.chdir(tmp_path)
+    write_data(tmp_path / "data")
+    Path("file").touch()
+    Path("empty").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    words = flags.format(model=trained["boundary"][0] / "model.pt").split()
+    status, err = call(["--data", "data", *words], capsys)
+    TABLE.append((flags.replace("{model}", "model.pt"), status, err.strip().replace(str(tmp_path), "")))
+    one_line(status, err, word)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_print_the_table_of_inputs(capsys):
+    with capsys.disabled():
+        print("\n| input | status | answer |\n| --- | --- | --- |")
+        for row in TABLE:
+            print("| " + " | ".join(map(str, row)) + " |")
+    assert all(status in (0, 2) for _, status, _ in TABLE)
+
+
+def test_help_fits_a_screen(capsys):
+    with pytest.raises(SystemExit) as end:
+        un.main(["--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0 and len(text.splitlines()) <= 45 and "default" in text
+
+
+# ---------------------------------------------------------------- notebook
+def test_pasted_into_a_notebook(tmp_path):
+    nbclient = pytest.importorskip("nbclient")
+    nbformat = pytest.importorskip("nbformat")
+    write_data(tmp_path / "data")
+    train = 'metrics = main(["--boundary", "--data", "data", "--epochs", "1", "--width", "2"])\nprint(metrics["n_images"])'
+    cells = ["import time as mine; sheet = 5", SCRIPT.read_text(), train, train, "main(['--lr', 'nan'])", "mine.time() and 1 + 1"]
+    cells.insert(1, f"%%writefile unet_nuclei.py\n{SCRIPT.read_text()}")
+    cells.append("!python unet_nuclei.py --boundary --data data --epochs 1 --width 2 --out shell")
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+    client = nbclient.NotebookClient(book, timeout=300, allow_errors=True, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute()
+    _, _, pasted, first, second, wrong, after, shell = book.cells
+    assert "main([" in pasted.outputs[0]["text"] and len(pasted.outputs) == 1
+    for cell in (first, second):
+        assert not any(output["output_type"] == "error" for output in cell.outputs)
+        assert "Mean f1 score" in "".join(output.get("text", "") for output in cell.outputs)
+        assert sum("image/png" in output.get("data", {}) for output in cell.outputs) == 3
+    assert [output["traceback"] for output in wrong.outputs if output["output_type"] == "error"][0][0].startswith("error: ")
+    assert after.outputs[0]["data"]["text/plain"] == "2"
+    assert "Mean f1 score" in "".join(output.get("text", "") for output in shell.outputs)
+    (tmp_path / "executed.ipynb").write_text(nbformat.writes(book))

@@ -1,16 +1,15 @@
 """Find and separate every nucleus in fluorescence images with a U-Net, in one file.
 
-    python unet_nuclei.py                                   # foreground U-Net, connected components
-    python unet_nuclei.py --boundary --epochs 10            # boundary U-Net, watershed: separates touching nuclei
-    python unet_nuclei.py --boundary --data synthetic       # no download
-    python unet_nuclei.py --checkpoint runs/boundary/model.pt --predict FOLDER   # segment your own images
-    torchrun --nproc-per-node 2 unet_nuclei.py --boundary   # two GPUs
+    python unet_nuclei.py --boundary --epochs 10            # train and score: three classes, watershed
+    python unet_nuclei.py                                   # the simpler model: foreground, connected components
+    python unet_nuclei.py --boundary --data synthetic       # without a download
+    python unet_nuclei.py --checkpoint runs/boundary/model.pt --predict FOLDER     # segment your own images
+    torchrun --nproc-per-node 2 unet_nuclei.py --boundary   # on two GPUs
 
-Pasted into a notebook cell, the file only defines its functions; the next cell starts a run with
-`main(["--boundary", "--epochs", "10"])`. Needs torch, numpy, scikit-image, scipy and imageio.
+Pasted into a notebook cell, the file defines its functions and waits; in the next cell,
+`main(["--boundary", "--epochs", "10"])` trains. Needs torch, numpy, scikit-image, scipy and imageio.
 """
 import argparse
-import csv
 import hashlib
 import http.client
 import io
@@ -54,18 +53,17 @@ DATA_SHA256 = "e44921950edce378063aa4457e625581ba35b4c2dbd9a07c19d48900129f386f"
 DEFAULT_DATA = "dsb2018"
 KAGGLE_INPUT = Path("/kaggle/input")
 SUFFIXES = {".tif", ".tiff", ".png", ".jpg", ".jpeg", ".bmp"}
-SCRIPT = "unet_nuclei"  # stands in every checkpoint
 OUTPUTS = ("model.pt", "last.pt", "history.csv", "metrics.json", "data.png", "samples.png", "curves.png")
 CROP = 256  # side of a training crop in pixels
+TILE, MARGIN = 1536, 128  # of a large image; the receptive field of the network reaches 107 pixels to each side
+SMOOTH, SUMMIT, SURE = 1.0, 0.1, 0.8  # see `instance_segmentation` and `keep_sure`; measured in the README
 THRESHOLDS = tuple(i / 100 for i in range(50, 100, 5))  # IoU thresholds of AP 0.5:0.95
-SMOOTH, SUMMIT, SURE = 1.0, 0.1, 0.8  # see the README
-ZOOM = -1, 1
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 NOTEBOOK = "ipykernel" in sys.modules
 
 
 class UserError(Exception):
-    """A mistake that one line explains: `main` prints it after `error:`, a notebook shows it without a traceback."""
+    """What one line explains: `main` prints it after `error:`, a notebook shows it without a traceback."""
 
     def _render_traceback_(self):  # IPython asks an exception for this
         return [f"error: {self}"]
@@ -75,13 +73,13 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, which Kaggle and Slurm send before they take the machine away."""
 
 
-def say(*words, **options):
-    """Print on the first process only."""
+def say(text):
+    """Print a line, on the first process only."""
     if RANK == 0:
-        print(*words, flush=True, **options)
+        print(text, flush=True)
 
 
-def live(text):
+def live(text=""):
     """Overwrite the current line of a terminal; nothing where the output is a file or a notebook."""
     if RANK == 0 and sys.stdout.isatty():
         print(f"\r\033[K{text}", end="", flush=True)
@@ -89,54 +87,52 @@ def live(text):
 
 # ---------------------------------------------------------------- reading and writing files
 def read_array(path):
-    """Any image file, a `Path` or a member of a zip, as an array; `UserError` names a file that cannot be read."""
+    """An image file as it is, (H, W) or (H, W, 3), alpha dropped. UserError names a file that is no 2-D image."""
     try:
-        plugin = {"plugin": "tifffile"} if path.suffix.lower() in (".tif", ".tiff") else {}
-        return np.asarray(iio.imread(path.read_bytes(), **plugin))
-    except Exception as error:  # each reader has exceptions of its own for text, empty and truncated files
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        tiff = path.suffix.lower() in (".tif", ".tiff")  # imageio's own choice reads only the first page of a stack
+        array = np.asarray(iio.imread(path.read_bytes(), **({"plugin": "tifffile"} if tiff else {})))
+    except Exception as error:  # text, empty and truncated files each fail in a way of their own
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} cannot be read as an image ({reason}); replace it or take it out") from None
+    if array.ndim == 3 and array.shape[0] == 1:
+        array = array[0]
+    elif array.ndim == 3 and array.shape[2] <= 4:
+        array = array[..., 0] if array.shape[2] < 3 else array[..., :3]
+    if array.size == 0 or array.shape[2:] not in ((), (3,)) or array.ndim < 2:
+        raise UserError(f"{path} has shape {array.shape}, not a 2-D image's; save each plane of a stack on its own")
+    if not np.isfinite(array).all():
+        raise UserError(f"{path} holds NaN or infinite pixels; replace them, for example with numpy.nan_to_num")
+    return array
+
+
+def is_gray(array):
+    return array.ndim == 2 or bool((array == array[..., :1]).all())
 
 
 def read_image(path):
-    """(H, W) image in its own dtype; colour becomes gray, alpha is dropped."""
-    image = np.squeeze(read_array(path))
-    if image.ndim == 3 and image.shape[-1] in (2, 3, 4):
-        color = image[..., : 1 if image.shape[-1] == 2 else 3]
-        image = color[..., 0] if (color == color[..., :1]).all() else color.mean(-1, dtype=np.float32)
-    image = np.atleast_2d(image)
-    if image.ndim != 2 or image.size == 0:
-        raise UserError(f"{path} has shape {image.shape}; a 2-D image is needed, so save each plane of a stack on its own")
-    if not np.isfinite(image).all():
-        raise UserError(f"{path} holds NaN or infinite pixels; replace them, for example with numpy.nan_to_num")
-    return image
+    """(H, W) image in the dtype of its file; the channels of a colour image are averaged."""
+    array = read_array(path)
+    return array if array.ndim == 2 else array[..., 0] if is_gray(array) else array.mean(-1, dtype=np.float32)
 
 
 def read_mask(path):
-    """(H, W) int32 ids, 0 is background; `UserError` where the file does not hold one id for each nucleus."""
-    mask = np.squeeze(read_array(path))
-    if mask.ndim == 3 and mask.shape[-1] in (2, 3, 4):
-        color = mask[..., : 1 if mask.shape[-1] == 2 else 3]
-        if (color != color[..., :1]).any():
-            raise UserError(f"{path} is coloured; a mask is a gray image in which each nucleus has an id of its own")
-        mask = color[..., 0]
-    mask = np.atleast_2d(mask)
-    if mask.ndim != 2:
-        raise UserError(f"{path} has shape {mask.shape}; a 2-D mask is needed")
-    if not np.isfinite(mask).all() or (mask < 0).any() or (mask != np.floor(mask)).any():
+    """(H, W) int32 ids 0..n, 0 is background. UserError where the file has not one id for each nucleus."""
+    array = read_array(path)
+    if not is_gray(array):
+        raise UserError(f"{path} is coloured; a mask is a gray image in which each nucleus has an id of its own")
+    array = array if array.ndim == 2 else array[..., 0]
+    if (array < 0).any() or (array != np.floor(array)).any():
         raise UserError(f"{path} has negative or fractional ids; a mask holds 0 for background and 1, 2, 3, ... for nuclei")
-    ids, index = np.unique(mask, return_inverse=True)  # any ids, with gaps or of 32 bits, become 0..n
-    mask = index.reshape(mask.shape).astype(np.int32) + int(ids[0] != 0)
+    ids, index = np.unique(array, return_inverse=True)  # any ids, with gaps or of 32 bits, become 0..n
+    mask = index.reshape(array.shape).astype(np.int32) + int(ids[0] != 0)
     if len(ids) == 2 and ids[0] == 0 and (pieces := label(mask).max()) > 1:
-        raise UserError(
-            f"{path} holds one id, {ids[1]:g}, for {pieces} separate nuclei; each nucleus needs an id of its own "
-            "(skimage.measure.label gives them)"
-        )
+        raise UserError(f"{path} holds one id, {ids[1]:g}, for {pieces} separate nuclei; each nucleus needs an id of its "
+                        "own (skimage.measure.label gives them)")
     return mask
 
 
 def write_file(path, data):
-    """Write bytes beside `path`, then move them there whole: a kill or a full disk leaves the old file as it was."""
+    """Write bytes beside `path`, then move them there whole: after a kill or on a full disk the old file is intact."""
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
@@ -152,70 +148,59 @@ def write_file(path, data):
 Sample = namedtuple("Sample", "name image mask")
 
 
-def stems(folder):
-    """{file stem: file} of the images in a folder."""
-    if not folder.is_dir():
-        raise UserError(f"{folder} is missing; --data needs train/ and test/, each with images/ and masks/")
-    return {file.stem: file for file in sorted(folder.iterdir()) if file.suffix.lower() in SUFFIXES}
-
-
 def read_split(folder):
     """The samples of `folder`, images/ and masks/ paired by file stem, in name order."""
-    images, masks = stems(folder / "images"), stems(folder / "masks")
-    for ours, theirs, where in (images, masks, "masks"), (masks, images, "images"):
-        for stem in ours.keys() - theirs.keys():
-            raise UserError(f"{ours[stem]} has no file of that stem in {folder / where}; add it, or take this one out")
+    images, masks = {}, {}
+    for found, inner in ((images, folder / "images"), (masks, folder / "masks")):
+        if not inner.is_dir():
+            raise UserError(f"{inner} is missing; --data needs train/ and test/, each with images/ and masks/")
+        found |= {file.stem: file for file in sorted(inner.iterdir()) if file.suffix.lower() in SUFFIXES}
+    for stem in sorted(images.keys() ^ masks.keys()):  # in one of the two only
+        file, other = (images[stem], "mask") if stem in images else (masks[stem], "image")
+        raise UserError(f"{file} has no {other} of the same stem; add it, or take this one out")
     if not images:
         raise UserError(f"{folder / 'images'} holds no image; put TIFF or PNG files there")
-    samples = []
-    for stem, file in images.items():
-        image, mask = read_image(file), read_mask(masks[stem])
+    samples = [Sample(stem, read_image(images[stem]), read_mask(masks[stem])) for stem in images]
+    for name, image, mask in samples:
         if image.shape != mask.shape:
-            raise UserError(f"{file} is {image.shape}, its mask {masks[stem]} {mask.shape}; save both with one shape")
-        samples.append(Sample(stem, image, mask))
+            raise UserError(f"{images[name]} is {image.shape}, its mask {mask.shape}; save both with one shape")
     return samples
 
 
 def read_kaggle(folder, all_images=False):
-    """Training and test samples of the Data Science Bowl's own layout: ID/images/ID.png, a file a nucleus in ID/masks.
+    """(training, test) samples of the Data Science Bowl's layout: ID/images/ID.png, and in ID/masks a file a nucleus.
 
-    Every tenth image that is kept is for testing. Unless `all_images`, only fluorescence is kept: gray, and brighter
-    within the nuclei than around them.
+    Every tenth image kept is for testing. Unless `all_images`, fluorescence only: gray, nuclei brighter than the rest.
     """
     kept = []
-    for image_file in sorted(folder.glob("*/images/*.png")):
-        pixels, image = read_array(image_file), read_image(image_file)
+    for file in sorted(folder.glob("*/images/*.png")):
+        image, gray = read_image(file), is_gray(read_array(file))
         mask = np.zeros(image.shape, np.int32)
-        for i, file in enumerate(sorted(image_file.parents[1].glob("masks/*.png")), 1):
-            mask[read_image(file) > 0] = i
-        gray = pixels.ndim == 2 or (pixels[..., :3] == pixels[..., :1]).all()
-        if all_images or gray and 0 < mask.mean() and image[mask > 0].mean() > image[mask == 0].mean():
-            kept.append(Sample(image_file.stem, image, mask))
-    return [s for i, s in enumerate(kept) if i % 10 != 9], kept[9::10]
+        for i, nucleus in enumerate(sorted(file.parents[1].glob("masks/*.png")), 1):
+            mask[read_image(nucleus) > 0] = i
+        if all_images or gray and mask.any() and image[mask > 0].mean() > image[mask == 0].mean():
+            kept.append(Sample(file.stem, image, mask))
+    return [sample for i, sample in enumerate(kept) if i % 10 != 9], kept[9::10]
 
 
 def draw_nuclei(rng, size=256):
-    """One synthetic sample: blurred ellipses, about half of them touching, on an uneven and noisy background."""
-    mask, light = np.zeros((size, size), np.int32), np.zeros((size, size), np.float32)
+    """(image, mask), (size, size): ellipses, many of them touching, blurred, on an uneven and noisy background."""
+    mask, light = np.zeros((size, size), np.int32), np.zeros((size, size))
     scale, placed = rng.uniform(6, 16), []
     for i in range(1, rng.integers(12, 45)):
-        radii = scale * rng.uniform(0.7, 1.3, 2)
-        center = rng.uniform(0, size, 2)
+        radii, center = scale * rng.uniform(0.7, 1.3, 2), rng.uniform(0, size, 2)
         if placed and rng.random() < 0.6:  # beside an earlier nucleus
-            (y, x), reach = placed[rng.integers(len(placed))]
+            neighbour, reach = placed[rng.integers(len(placed))]
             angle = rng.uniform(0, 2 * np.pi)
-            center = np.array([y, x]) + (reach + radii.mean()) * 0.95 * np.array([np.sin(angle), np.cos(angle)])
-        pixels = ellipse(*center, *radii, shape=mask.shape, rotation=rng.uniform(0, np.pi))
-        if len(pixels[0]) < 30 or (mask[pixels] > 0).mean() > 0.15:
-            continue
-        free = mask[pixels] == 0
-        pixels = pixels[0][free], pixels[1][free]
-        mask[pixels] = i
-        light[pixels] = rng.uniform(0.3, 1) * (1 + 0.15 * rng.standard_normal(len(pixels[0])))
-        placed.append((center, radii.mean()))
-    light = ndimage.gaussian_filter(light, rng.uniform(0.8, 1.6))
+            center = neighbour + (reach + radii.mean()) * 0.95 * np.array([np.sin(angle), np.cos(angle)])
+        pixels = np.array(ellipse(*center, *radii, shape=mask.shape, rotation=rng.uniform(0, np.pi)))
+        y, x = pixels[:, mask[tuple(pixels)] == 0]
+        if len(y) >= max(30, 0.85 * pixels.shape[1]):
+            mask[y, x] = i
+            light[y, x] = rng.uniform(0.3, 1) * (1 + 0.15 * rng.standard_normal(len(y)))
+            placed.append((center, radii.mean()))
     haze = ndimage.gaussian_filter(rng.standard_normal(mask.shape), size / 6)
-    light += 0.1 + 0.1 * (haze - haze.min()) / np.ptp(haze)
+    light = ndimage.gaussian_filter(light, rng.uniform(0.8, 1.6)) + 0.1 + 0.1 * (haze - haze.min()) / np.ptp(haze)
     photons = rng.poisson(light * rng.uniform(40, 200)) + rng.normal(8, 1, mask.shape)
     return photons.clip(0, 65535).astype(np.uint16), mask
 
@@ -228,33 +213,27 @@ def synthetic(seed):
 
 
 def download(url, sha256, target):
-    """Fetch the zip at `url` and unpack it as `target`: checked first, and whole or not at all."""
+    """Fetch a zip, check it, unpack it as the folder `target`, and return that."""
     part = target.with_name(f"{target.name}.zip.part")
     say(f"downloading {url}")
     try:
         with urllib.request.urlopen(url, timeout=60) as reply, open(part, "wb") as file:
-            total, shown = int(reply.headers.get("Content-Length") or 0), 0
-            while block := reply.read(1 << 20):
+            while block := reply.read(4 << 20):
                 file.write(block)
-                live(f"{file.tell() / 1e6:.0f} of {total / 1e6:.0f} MB")
-                if not sys.stdout.isatty() and file.tell() >= shown + max(total / 4, 8e6):
-                    shown = file.tell()
-                    say(f"{shown / 1e6:.0f} of {total / 1e6:.0f} MB")
+                (live if sys.stdout.isatty() else say)(f"{file.tell() >> 20} of {int(reply.length or 0) + file.tell() >> 20} MB")
         live("")
         if hashlib.sha256(part.read_bytes()).hexdigest() != sha256:
-            raise UserError(f"the download of {url} is incomplete or not the released file; run again, or give --data")
-        unpack(part, target)
-    except (OSError, urllib.error.URLError, http.client.HTTPException) as error:
-        raise UserError(
-            f"no data at {target} and {url} cannot be fetched ({error}): switch the internet on, "
-            "give the data with --data PATH, or use --data synthetic"
-        ) from None
+            raise UserError(f"the download of {url} is incomplete or not the released file; run again, or give --data PATH")
+        return unpack(part, target)
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(f"no data at {target}, and {url} cannot be fetched ({error}): switch the internet on, give the data "
+                        "with --data PATH, or use --data synthetic") from None
     finally:
         part.unlink(missing_ok=True)
 
 
 def unpack(archive, target):
-    """Unpack a zip as the folder `target`, whole or not at all; members that would land outside are refused."""
+    """Unpack a zip as the folder `target`, whole or not at all; refuse members that would land outside it."""
     part = target.with_name(target.name + ".part")
     try:
         with zipfile.ZipFile(archive) as members:
@@ -264,50 +243,40 @@ def unpack(archive, target):
             members.extractall(part)
         os.replace(part, target)
     except (zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"{archive} is damaged or no zip file ({error}); fetch it again") from None
+        raise UserError(f"{archive} is no zip file, or damaged ({error}); fetch it again") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return target
 
 
-def find_layout(path):
-    """(kind, folder) of the data in `path` or one folder down: "split" has train/ and test/, "kaggle" the Bowl's own."""
-    for folder in [path, *sorted(f for f in path.iterdir() if f.is_dir())] if path.is_dir() else []:
-        if (folder / "train").is_dir() or (folder / "test").is_dir():
-            return "split", folder
-        for inner in (folder / "stage1_train", folder):
-            if inner.is_dir() and any(True for _ in inner.glob("*/masks/*.png")):
-                return "kaggle", inner
-        if (folder / "stage1_train.zip").is_file():
-            return "zip", folder / "stage1_train.zip"
+def attached_data():
+    """Data of a known layout attached to a Kaggle notebook; None where there is none."""
+    for depth, mark in itertools.product((1, 2, 3), ("train/images", "stage1_train", "stage1_train.zip")):
+        for found in KAGGLE_INPUT.glob("*/" * depth + mark):
+            return found.parents[1] if mark == "train/images" else found
     return None
 
 
 def load_data(path, seed=0, all_images=False):
-    """(training samples, test samples) of a folder, a zip, or the word `synthetic`; see the README for the layouts."""
+    """(training samples, test samples) of a folder, a zip, or the word `synthetic`; the README shows the layouts."""
     if path == "synthetic":
         return synthetic(seed)
     path = Path(path)
+    if not path.exists() and str(path) != DEFAULT_DATA:
+        raise UserError(f"--data {path} does not exist; give a folder or a zip, or --data synthetic")
     if not path.exists():
-        if str(path) != DEFAULT_DATA:
-            raise UserError(f"--data {path} does not exist; give a folder or a zip, or --data synthetic")
-        attached = (f for depth in (1, 2, 3) for f in sorted(KAGGLE_INPUT.glob("*/" * depth)) if find_layout(f))
-        path_or_none = next(attached, None)
-        if path_or_none is None:
-            download(DATA_URL, DATA_SHA256, path)
-        path = path_or_none or path
-    with tempfile.TemporaryDirectory() as scratch:
-        if path.is_file():
-            path = unpack(path, Path(scratch) / path.stem)
-        found = find_layout(path)
-        if found is None:
-            raise UserError(f"--data {path} holds no train/ and test/ (each with images/ and masks/); see the README")
-        kind, folder = found
-        if kind == "zip":
-            kind, folder = "kaggle", unpack(folder, Path(scratch) / "stage1_train")
-        if kind == "kaggle":
+        path = attached_data() or download(DATA_URL, DATA_SHA256, path)
+    if path.is_file():
+        with tempfile.TemporaryDirectory() as scratch:
+            return load_data(unpack(path, Path(scratch) / path.stem), seed, all_images)
+    for folder in [path, *sorted(path.iterdir())]:
+        if (folder / "train").is_dir() or (folder / "test").is_dir():
+            return read_split(folder / "train"), read_split(folder / "test")
+        if next(folder.glob("*/masks/*.png"), None):
             return read_kaggle(folder, all_images)
-        return read_split(folder / "train"), read_split(folder / "test")
+        if (folder / "stage1_train.zip").is_file():
+            return load_data(folder / "stage1_train.zip", seed, all_images)
+    raise UserError(f"{path} holds no train/ and test/, each with images/ and masks/; the README shows the layout")
 
 
 def fit_normalization(images):
@@ -374,7 +343,7 @@ def augment(image, mask):
     if flip:
         image, mask = image[:, ::-1], mask[:, ::-1]
     if uniform(0, 1) < 0.5:
-        image, mask = zoom(image, mask, 2 ** uniform(*ZOOM))
+        image, mask = zoom(image, mask, 2 ** uniform(-1, 1))
     if uniform(0, 1) < 0.5:
         image = np.sign(image) * np.abs(image) ** (2 ** uniform(-1, 1))
     image = image * 2 ** uniform(-0.5, 0.5) + uniform(-0.1, 0.1)
@@ -427,11 +396,9 @@ def depth_target(mask):
     """
     mask = np.asarray(mask)
     depth = np.where(mask > 0, ndimage.distance_transform_edt(boundary_target(mask).numpy() == 1) + 0.5, 0)
-    deepest = np.ones(int(mask.max()) + 1)
-    deepest[np.unique(mask)] = 0
+    deepest = np.zeros(int(mask.max()) + 1)
     np.maximum.at(deepest, mask.ravel(), depth.ravel())
-    deepest[0] = 1
-    depth = depth / deepest[mask]
+    depth /= np.maximum(deepest, 0.5)[mask]
     return torch.from_numpy(np.stack([mask == 0, depth, (mask > 0) - depth]).astype(np.float32))
 
 
@@ -557,56 +524,41 @@ def f1_score(seg, mask, threshold=0.5):
 
 
 # ---------------------------------------------------------------- prediction
-TILE, MARGIN = 1536, 128  # the receptive field reaches 107 pixels; the margin is the next multiple of 16 above with room
-
-
-def tiles(shape, tile=TILE, margin=MARGIN):
-    """Cut an image into tiles that overlap by a margin on each side: pairs of slices (to read, to keep)."""
-    for y in range(0, shape[0], tile):
-        for x in range(0, shape[1], tile):
-            keep = (slice(y, min(y + tile, shape[0])), slice(x, min(x + tile, shape[1])))
-            yield tuple(slice(max(k.start - margin, 0), min(k.stop + margin, n)) for k, n in zip(keep, shape)), keep
-
-
 def on_tiles(function, image, tile=TILE, margin=MARGIN):
-    """Apply `function`, (H, W) -> (..., H, W), tile by tile; an image of up to one tile and its margins is done whole."""
+    """Apply `function`, (H, W) -> (..., H, W), to tiles that overlap by a margin, or at once where one tile is enough."""
     if max(image.shape) <= tile + 2 * margin:
         return function(image)
-    result = None
-    for i, (read, keep) in enumerate(cut := list(tiles(image.shape, tile, margin)), 1):
-        part = function(image[read])
-        if result is None:
-            result = np.empty((*part.shape[:-2], *image.shape), part.dtype)
-        inside = tuple(slice(k.start - r.start, k.stop - r.start) for k, r in zip(keep, read))
-        result[(..., *keep)] = part[(..., *inside)]
-        live(f"tile {i} of {len(cut)}")
-    live("")
+    result, corners = None, list(itertools.product(*(range(0, size, tile) for size in image.shape)))
+    for i, (y, x) in enumerate(corners, 1):
+        top, left = max(y - margin, 0), max(x - margin, 0)
+        part = function(image[top : y + tile + margin, left : x + tile + margin])
+        part = part[..., y - top :, x - left :][..., :tile, :tile]
+        result = np.empty((*part.shape[:-2], *image.shape), part.dtype) if result is None else result
+        result[..., y : y + tile, x : x + tile] = part
+        live(f"tile {i}/{len(corners)}")
+    live()
     return result
 
 
 def predict(model, image, tile=TILE, margin=MARGIN):
-    """Probabilities of an image of any size.
+    """Probabilities of an image of any size, in tiles where it is large.
 
-    image: normalized (H, W) floats. Returns float32 (C, H, W): the sigmoid of a single channel, the softmax of three.
-    Sides are padded by reflection to multiples of 16 and cut back. A large image is predicted in tiles that overlap by
-    at least the receptive field, so that no seam shows.
+    image: normalized (H, W) floats, padded here by reflection to multiples of 16. Returns float32 (C, H, W): the sigmoid
+    of a single channel, the softmax of several. A margin of the receptive field or more leaves no seam.
     """
-    device = next(model.parameters()).device
+    device, training = next(model.parameters()).device, model.training
 
     def probabilities(part):
         height, width = part.shape
         x = np.pad(np.asarray(part, np.float32), ((0, -height % 16), (0, -width % 16)), mode="symmetric")
         logits = model(torch.from_numpy(x)[None, None].to(device, memory_format=torch.channels_last))[0]
-        probability = logits.sigmoid() if len(logits) == 1 else logits.softmax(0)
-        return probability[:, :height, :width].cpu().numpy()
+        return (logits.sigmoid() if len(logits) == 1 else logits.softmax(0))[:, :height, :width].cpu().numpy()
 
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            return on_tiles(probabilities, image, tile, margin)
-    finally:
-        model.train(training)
+    with torch.inference_mode():
+        model.eval()
+        result = on_tiles(probabilities, image, tile, margin)
+    model.train(training)
+    return result
 
 
 # ---------------------------------------------------------------- instances
@@ -616,18 +568,15 @@ def connected_components(foreground_prediction, threshold=0.5):
 
 
 def summits(depth, tile=TILE):
-    """(H, W) bool: the maxima that stand out by SUMMIT from the pass to any higher one (h-maxima, Soille 2003, sec. 6.3).
-
-    In tiles, since the reconstruction sorts all its pixels.
-    """
+    """(H, W) bool: maxima that rise by SUMMIT above the pass to any higher one (h-maxima, Soille 2003, sec. 6.3)."""
     return on_tiles(lambda part: part - reconstruction(part - SUMMIT, part) > 0.999 * SUMMIT, depth, tile)
 
 
 def instance_segmentation(foreground_prediction, boundary_prediction, threshold=0.5):
     """(H, W) probabilities of foreground and boundary -> (H, W) int32 instance ids, 0 is background.
 
-    Nuclei are where foreground and boundary together exceed the threshold, so that they cover their rims; the watershed
-    shares them out between the summits of the foreground. Raises ValueError if the shapes differ.
+    Nuclei are where foreground and boundary together exceed the threshold, so that they cover their rims; a watershed
+    shares them out between the summits of the foreground, smoothed a little. ValueError if the shapes differ.
     """
     foreground, boundary = np.asarray(foreground_prediction, np.float32), np.asarray(boundary_prediction, np.float32)
     if foreground.shape != boundary.shape:
@@ -638,7 +587,7 @@ def instance_segmentation(foreground_prediction, boundary_prediction, threshold=
 
 
 def keep_sure(instances, nucleus, smallest):
-    """Label image, ids 1..n, of the objects of at least `smallest` pixels and SURE mean probability."""
+    """Label image, ids 1..n, of the objects of at least `smallest` pixels and a mean nucleus probability of SURE."""
     areas = np.bincount(instances.ravel())
     probability = np.bincount(instances.ravel(), nucleus.ravel()) / np.maximum(areas, 1)
     keep = (areas >= smallest) & (probability >= SURE)
@@ -654,7 +603,7 @@ def nucleus_probability(probabilities):
 def decode(probabilities, smallest):
     """(1 or 3, H, W) probabilities -> (H, W) int32 instance ids 1..n, by components or by watershed."""
     if len(probabilities) == 1:
-        instances = expand_labels(connected_components(probabilities[0]))  # gives back what `separated_target` took
+        instances = expand_labels(connected_components(probabilities[0]))  # by the pixel that `separated_target` took
     else:
         instances = instance_segmentation(*probabilities[1:])
     return keep_sure(instances, nucleus_probability(probabilities), smallest)
@@ -668,10 +617,8 @@ def segment(model, image):
 
 # ---------------------------------------------------------------- training
 def loss_function(logits, target):
-    """Binary cross entropy for one channel, cross entropy with the probabilities of three classes for three."""
-    if logits.shape[1] == 1:
-        return F.binary_cross_entropy_with_logits(logits, target)
-    return F.cross_entropy(logits, target)
+    """Binary cross entropy for one channel, cross entropy with the probabilities of all classes for three."""
+    return (F.binary_cross_entropy_with_logits if logits.shape[1] == 1 else F.cross_entropy)(logits, target)
 
 
 def nucleus_dice(logits, target):
@@ -679,12 +626,6 @@ def nucleus_dice(logits, target):
     if logits.shape[1] == 1:
         return dice_score(logits, target)
     return dice_score(logits[:, 1:].logsumexp(1, keepdim=True) - logits[:, :1], 1 - target[:, :1])
-
-
-def learning_rate(step, steps):
-    """Factor on --lr: up over the first fifth of all steps, then down a cosine (one cycle, Smith 2018, arXiv 1803.09820)."""
-    warm = 0.2 * steps
-    return (step + 1) / (warm + 1) if step < warm else (1 + math.cos(math.pi * min(1, (step - warm) / (steps - warm)))) / 2
 
 
 def train_epoch(model, loader, optimizer, schedule, scaler, epoch=1, epochs=1):
@@ -698,7 +639,7 @@ def train_epoch(model, loader, optimizer, schedule, scaler, epoch=1, epochs=1):
         logits = model(image)
         loss = loss_function(logits, target)
         if not math.isfinite(loss.item()):
-            raise UserError(f"the loss is {loss.item()} at epoch {epoch}, step {step}; lower --lr and run again with --resume")
+            raise UserError(f"the loss is {loss.item()} at epoch {epoch}, step {step}; start again with a lower --lr")
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -706,7 +647,7 @@ def train_epoch(model, loader, optimizer, schedule, scaler, epoch=1, epochs=1):
         total += loss.item(), nucleus_dice(logits.detach(), target).item()
         left = (time.time() - start) / step * (len(loader) * (epochs - epoch + 1) - step)
         live(f"epoch {epoch}/{epochs}  step {step}/{len(loader)}  loss {total[0] / step:.4f}  {left / 60:.0f} min left")
-    live("")
+    live()
     return total / len(loader)
 
 
@@ -715,11 +656,18 @@ def validate(model, samples, make_target):
     scores = []
     for sample in samples:
         instances, probabilities = segment(model, sample.image)
-        logits = torch.from_numpy(probabilities).clamp(1e-6, 1 - 1e-6)[None]
-        logits = logits.logit() if len(probabilities) == 1 else logits.log()  # as good as the network's for loss and dice
+        probabilities = torch.from_numpy(probabilities).clamp(1e-6, 1 - 1e-6)[None]
+        logits = probabilities.logit() if probabilities.shape[1] == 1 else probabilities.log()
         target = make_target(sample.mask)[None]
         scores.append((loss_function(logits, target), nucleus_dice(logits, target), f1_score(instances, sample.mask)))
     return np.mean(scores, axis=0)
+
+
+def build_model(settings, device, precision):
+    """The network of `settings` (boundary, width, normalization, smallest), which it carries for prediction."""
+    model = UNet(1, 3 if settings["boundary"] else 1, settings["width"])
+    model.settings, model.precision = settings, precision
+    return model.to(device, memory_format=torch.channels_last)
 
 
 def save_checkpoint(path, state):
@@ -728,177 +676,156 @@ def save_checkpoint(path, state):
     write_file(path, buffer.getbuffer())
 
 
-def load_checkpoint(path):
-    """What `save_checkpoint` wrote; read as data only (weights_only), so that no file can run code."""
+def load_checkpoint(path, keys):
+    """What `save_checkpoint` wrote, with `keys` in it; read as data only (weights_only), so that no file can run code."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["script"] != SCRIPT:
-            raise ValueError
-        return state
+        return {key: state[key] for key in keys}
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; train first, or give the model.pt of an earlier run") from None
+        raise UserError(f"{path} does not exist; train first, or give the file of an earlier run") from None
     except Exception:  # a truncated, foreign or malicious file fails in any way it likes
         raise UserError(f"{path} is no intact checkpoint of this script; give a file that it wrote") from None
 
 
 def load_model(path, device, precision):
-    """The network in a model.pt, with its `settings`, ready to predict."""
-    state = load_checkpoint(path)
+    """The network in a model.pt, ready to predict. UserError if it is not one."""
+    state = load_checkpoint(path, ("settings", "model"))
     try:
         model = build_model(state["settings"], device, precision)
         model.load_state_dict(state["model"])
-    except (KeyError, RuntimeError, TypeError):
-        raise UserError(f"{path} holds no network of this script; give a model.pt that it wrote") from None
+    except Exception:
+        raise UserError(f"{path} holds another network than this script's; give a model.pt that it wrote") from None
     return model.eval()
 
 
-def build_model(settings, device, precision):
-    model = UNet(1, 3 if settings["boundary"] else 1, settings["width"])
-    model.settings, model.precision = settings, precision
-    return model.to(device, memory_format=torch.channels_last)
-
-
-def random_states():
-    """States of all random generators, in types that `torch.load(weights_only=True)` accepts."""
+def random_states(states=None):
+    """The states of all random generators, of types that a checkpoint may hold; set to `states` where given."""
+    if states:
+        torch.set_rng_state(states["torch"])
+        torch.cuda.set_rng_state_all(states["cuda"][: torch.cuda.device_count()])
+        np.random.set_state(tuple(states["numpy"]))
+        random.setstate(states["python"])
     name, keys, *rest = np.random.get_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {"torch": torch.get_rng_state(), "cuda": cuda, "numpy": [name, keys.tolist(), *rest], "python": random.getstate()}
 
 
-def set_random_states(states):
-    torch.set_rng_state(states["torch"])
-    np.random.set_state(tuple(states["numpy"]))
-    random.setstate(states["python"])
-    if len(states["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(states["cuda"])
-
-
-def move_earlier_run(out):
-    """Make room in `out`: what an earlier run left there goes to out/earlier-1, earlier-2, ..."""
+def make_room(out):
+    """Make the folder `out`; what an earlier run left there is kept, in out/earlier-1, earlier-2, ..."""
+    out.mkdir(parents=True, exist_ok=True)
     files = [out / name for name in OUTPUTS if (out / name).exists()]
-    if (out / "model.pt") in files or (out / "last.pt") in files:
-        earlier = next(f for n in itertools.count(1) if not (f := out / f"earlier-{n}").exists())
+    if {out / "model.pt", out / "last.pt"} & set(files):
+        earlier = next(folder for n in itertools.count(1) if not (folder := out / f"earlier-{n}").exists())
         earlier.mkdir()
         for file in files:
             file.rename(earlier / file.name)
-        say(f"{out} held an earlier run; it is now in {earlier}")
+        say(f"{out} held an earlier run, which is now in {earlier}")
 
 
-def run_training(args, samples, data, device, precision):
-    """Train on `samples`, every 20th of them for validation, and write `model.pt`, `last.pt` and `history.csv`."""
+def run_training(args, samples, checksum, device, precision):
+    """Train on `samples`, every 20th of them for validation; write data.png, model.pt, last.pt and history.csv.
+
+    Returns the history, a dict an epoch. UserError where --resume does not fit, or the loss is not finite.
+    """
     if len(samples) < 2:
-        raise UserError(f"{args.data} has {len(samples)} training image; at least two are needed, one is for validation")
-    training = [s for i, s in enumerate(samples) if i % 20 != 19] if len(samples) >= 20 else samples[:-1]
-    validation = samples[19::20] or samples[-1:]
-    normalization = fit_normalization([s.image for s in training])
-    areas = np.concatenate([np.bincount(s.mask.ravel())[1:] for s in training])
-    smallest = int(np.percentile(areas, 1) / 2) if len(areas) else 0
+        raise UserError(f"{args.data} has {len(samples)} training image; at least two are needed, the last validates")
+    training = [sample for i, sample in enumerate(samples) if i % 20 != 19]
+    training, validation = (training, samples[19::20]) if len(samples) >= 20 else (samples[:-1], samples[-1:])
+    normalization = fit_normalization([sample.image for sample in training])
+    areas = np.concatenate([np.bincount(sample.mask.ravel())[1:] for sample in training])
+    smallest = int(np.percentile(areas, 1) / 2) if len(areas) else 0  # half of what all but the smallest 1 % reach
     settings = {"boundary": args.boundary, "width": args.width, "normalization": normalization, "smallest": smallest}
     fixed = {key: getattr(args, key) for key in ("boundary", "width", "batch_size", "lr", "seed")}
-    fixed |= {"data": data["checksum"], "processes": WORLD_SIZE}
+    fixed |= {"data": checksum, "processes": WORLD_SIZE}
 
-    torch.manual_seed(args.seed + RANK)  # crops; the weights of all ranks become those of rank 0 below
-    np.random.seed(args.seed)
-    random.seed(args.seed)
-    model = net = build_model(settings, device, precision)
+    for seed in (torch.manual_seed, np.random.seed, random.seed):
+        seed(args.seed + RANK)  # each rank has crops of its own; DistributedDataParallel starts all from rank 0's weights
+    model = network = build_model(settings, device, precision)
     if WORLD_SIZE > 1:
-        net = nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
+        network = nn.parallel.DistributedDataParallel(model)
     make_target = depth_target if args.boundary else separated_target
-    images = [normalize(s.image, normalization) for s in training]
-    dataset = NucleiDataset(images, [s.mask for s in training], None, make_target, augment)
-    crops = torch.tensor([max(1, round(image.size / CROP**2)) for image in images])  # an epoch: crops in proportion to area
-    crops = torch.arange(len(images)).repeat_interleave(crops)
-    crops = crops[: max(1, len(crops) // WORLD_SIZE) * WORLD_SIZE]
-    steps = math.ceil(len(crops) / WORLD_SIZE / args.batch_size)
-    optimizer = torch.optim.Adam(net.parameters(), args.lr, fused=device.type in ("cpu", "cuda"))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, args.epochs * steps))
+    images = [normalize(sample.image, normalization) for sample in training]
+    dataset = NucleiDataset(images, [sample.mask for sample in training], None, make_target, augment)
+    shares = torch.tensor([max(1, round(image.size / CROP**2)) for image in images])  # crops of each image in an epoch
+    crops = torch.arange(len(images)).repeat_interleave(shares)
+    crops = crops.repeat(math.ceil(WORLD_SIZE / len(crops)))
+    crops = crops[: len(crops) // WORLD_SIZE * WORLD_SIZE]
+    steps = args.epochs * math.ceil(len(crops) / WORLD_SIZE / args.batch_size)
+
+    def one_cycle(step):  # up for a fifth of the steps, then down a cosine (Smith 2018, arXiv 1803.09820)
+        done = step / steps
+        return (done + 1 / steps) / (0.2 + 1 / steps) if done < 0.2 else (1 + math.cos(math.pi * (done - 0.2) / 0.8)) / 2
+
+    optimizer = torch.optim.Adam(network.parameters(), args.lr, fused=device.type in ("cpu", "cuda"))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, one_cycle)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
-    history, best = [], -1.0
-    out, last = args.out, args.out / "last.pt"
-
+    history, best, last = [], -1.0, args.out / "last.pt"
     if args.resume:
-        state = load_checkpoint(last)
+        state = load_checkpoint(last, (*parts, "fixed", "history", "best", "random"))
         for key, value in fixed.items():
             if state["fixed"].get(key) != value:
-                raise UserError(f"--resume: {key} is {value} but {last} was written with {state['fixed'].get(key)}; give that")
-        if len(state["history"]) > args.epochs:
-            raise UserError(f"--epochs is {args.epochs} but {last} has {len(state['history'])} behind it; give as many or more")
+                raise UserError(f"--resume: {key} is {value}, but {state['fixed'].get(key)} in {last}; give the same")
+        history, best = state["history"], state["best"]
+        if len(history) > args.epochs:
+            raise UserError(f"--resume: --epochs is {args.epochs}, but {last} has {len(history)} behind it; give no fewer")
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        history, best = state["history"], state["best"]
         if RANK == 0:
-            set_random_states(state["random"])
+            random_states(state["random"])
     elif RANK == 0:
-        move_earlier_run(out)
+        make_room(args.out)
     if RANK == 0:
-        write_file(out / "data.png", data_picture(dataset))
+        write_file(args.out / "data.png", data_picture(dataset))
 
     workers = args.workers if args.workers is not None else min(4, os.cpu_count()) if device.type == "cuda" else 0
     for epoch in range(len(history) + 1, args.epochs + 1):
-        shuffle = torch.Generator().manual_seed(args.seed * 100_003 + epoch)  # the same on all ranks
-        order = crops[torch.randperm(len(crops), generator=shuffle)][RANK::WORLD_SIZE]
-        loader = torch.utils.data.DataLoader(
-            dataset, args.batch_size, sampler=order.tolist(), num_workers=workers, pin_memory=device.type == "cuda"
-        )
+        order = torch.randperm(len(crops), generator=torch.Generator().manual_seed(args.seed * 100_003 + epoch))
+        loader = torch.utils.data.DataLoader(dataset, args.batch_size, sampler=crops[order][RANK::WORLD_SIZE].tolist(),
+                                             num_workers=workers, pin_memory=device.type == "cuda")
         start = time.time()
-        train_loss, train_dice = train_epoch(net, loader, optimizer, schedule, scaler, epoch, args.epochs)
+        train_loss, train_dice = train_epoch(network, loader, optimizer, schedule, scaler, epoch, args.epochs)
         seconds = time.time() - start
         if RANK:
             continue
         val_loss, val_dice, val_f1 = validate(model, validation, make_target)
         if not math.isfinite(val_loss):
-            raise UserError(f"the validation loss is {val_loss} after epoch {epoch}; lower --lr and run again with --resume")
-        row = {"epoch": epoch, "train_loss": train_loss, "val_loss": val_loss, "train_dice": train_dice, "val_dice": val_dice,
-               "val_f1": val_f1, "lr": optimizer.param_groups[0]["lr"], "seconds": seconds,
-               "images_per_second": len(crops) / seconds}  # fmt: skip
+            raise UserError(f"the validation loss is {val_loss} after epoch {epoch}; start again with a lower --lr")
+        row = dict(epoch=epoch, train_loss=train_loss, val_loss=val_loss, train_dice=train_dice, val_dice=val_dice, val_f1=val_f1,
+                   lr=optimizer.param_groups[0]["lr"], seconds=seconds, images_per_second=len(crops) / seconds)
         history.append({key: float(f"{value:.6g}") if key != "epoch" else epoch for key, value in row.items()})
-        say(
-            f"epoch {epoch}/{args.epochs}  loss {train_loss:.4f}, validation {val_loss:.4f}  dice {train_dice:.3f}, "
-            f"{val_dice:.3f}  F1 {val_f1:.3f}  lr {row['lr']:.1e}  {seconds:.0f} s  {row['images_per_second']:.1f} images/s"
-        )
+        say(f"epoch {epoch}/{args.epochs}  loss {train_loss:.4f}, validation {val_loss:.4f}  dice {train_dice:.3f}, {val_dice:.3f}"
+            f"  F1 {val_f1:.3f}  lr {row['lr']:.1e}  {seconds:.0f} s  {row['images_per_second']:.2f} images/s")
         if val_f1 >= best:
             best = float(val_f1)
-            save_checkpoint(out / "model.pt", {"script": SCRIPT, "settings": settings, "model": model.state_dict()})
+            save_checkpoint(args.out / "model.pt", {"settings": settings, "model": model.state_dict()})
         state = {name: part.state_dict() for name, part in parts.items()}
-        state |= {"script": SCRIPT, "fixed": fixed, "settings": settings, "history": history, "best": best}
-        save_checkpoint(last, state | {"random": random_states()})
-        write_file(out / "history.csv", table(history))
+        save_checkpoint(last, state | dict(fixed=fixed, history=history, best=best, random=random_states()))
+        lines = [",".join(row)] + [",".join(map(str, row.values())) for row in history]
+        write_file(args.out / "history.csv", ("\n".join(lines) + "\n").encode())
     return history
-
-
-def table(rows):
-    """A list of dicts as the bytes of a CSV file."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
 
 
 # ---------------------------------------------------------------- evaluation
 def evaluate(model, samples):
-    """Scores of the test samples, named as in metrics.json, and the F1 of each: (metrics, [f1])."""
-    counts, f1, seconds = np.zeros((len(THRESHOLDS), 3)), {0.5: [], 0.75: []}, 0.0
+    """({name in metrics.json: score}, [F1 of each image at IoU 0.5]) of the test samples."""
+    counts, seconds = [], 0.0
     for i, sample in enumerate(samples, 1):
         image, start = normalize(sample.image, model.settings["normalization"]), time.time()
         probabilities = predict(model, image)
         seconds += time.time() - start
-        found = overlaps(decode(probabilities, model.settings["smallest"]), sample.mask)
-        here = [count_matches(*found, threshold) for threshold in THRESHOLDS]
-        counts += here
-        for threshold, scores in f1.items():
-            scores.append(f1_from_counts(*here[THRESHOLDS.index(threshold)]))
+        pairs = overlaps(decode(probabilities, model.settings["smallest"]), sample.mask)
+        counts.append([count_matches(*pairs, threshold) for threshold in THRESHOLDS])
         live(f"test image {i}/{len(samples)}")
-    live("")
-    ap = counts[:, 0] / np.maximum(counts.sum(1), 1)
-    tp, fp, fn = (int(n) for n in counts[0])
-    metrics = {
-        "f1@0.5": np.mean(f1[0.5]), "f1@0.75": np.mean(f1[0.75]), "ap@0.5": ap[0], "ap@0.75": ap[THRESHOLDS.index(0.75)],
-        "ap@0.5:0.95": ap.mean(), "n_images": len(samples), "n_objects": tp + fn, "found": tp, "missed": fn, "made_up": fp,
-        "predict_images_per_second": sum(s.image.size for s in samples) / CROP**2 / seconds,
-    }  # fmt: skip
-    return {key: v if isinstance(v, int) else round(float(v), 6) for key, v in metrics.items()}, f1[0.5]
+    live()
+    f1 = [[f1_from_counts(*counts_at) for counts_at in image] for image in counts]
+    pooled = np.sum(counts, axis=0)
+    ap = pooled[:, 0] / np.maximum(pooled.sum(1), 1)
+    (tp, fp, fn), at_75 = pooled[0].tolist(), THRESHOLDS.index(0.75)
+    scores = {"f1@0.5": np.mean(f1, 0)[0], "f1@0.75": np.mean(f1, 0)[at_75], "ap@0.5": ap[0], "ap@0.75": ap[at_75],
+              "ap@0.5:0.95": ap.mean(), "predict_images_per_second": sum(s.image.size for s in samples) / CROP**2 / seconds}
+    scores = {name: round(float(score), 6) for name, score in scores.items()}
+    return scores | dict(n_images=len(samples), n_objects=tp + fn, found=tp, missed=fn, made_up=fp), [image[0] for image in f1]
 
 
 # ---------------------------------------------------------------- pictures
@@ -916,151 +843,127 @@ def colored(mask):
     return colors[mask]
 
 
-def outlined(image, instances):
-    """The image in gray with the outlines of the instances in yellow."""
-    picture = gray(image)
-    picture[find_boundaries(instances, mode="inner")] = (255, 220, 0)
-    return picture
-
-
-def png(picture):
-    return iio.imwrite("<bytes>", np.asarray(picture), extension=".png")
-
-
 def sheet(headings, rows, size=300):
-    """PNG of rows of (H, W, 3) pictures under headings; each row is (caption, pictures), cut from the middle to `size`."""
-    sheet = Image.new("RGB", (len(headings) * (size + 6), 22 + len(rows) * (size + 22)), "white")
-    draw = ImageDraw.Draw(sheet)
+    """PNG of rows, each (caption, (H, W, 3) pictures), under headings; large pictures are cut to their middle."""
+    canvas = Image.new("RGB", (len(headings) * (size + 6), 22 + len(rows) * (size + 22)), "white")
+    draw = ImageDraw.Draw(canvas)
     for column, heading in enumerate(headings):
         draw.text((column * (size + 6) + 4, 5), heading, fill="black")
-    for i, (caption, pictures) in enumerate(rows):
-        y = 22 + i * (size + 22)
+    for y, (caption, pictures) in zip(itertools.count(22, size + 22), rows):
         draw.text((4, y + size + 4), caption, fill="black")
         for column, picture in enumerate(pictures):
             top, left = (max(0, (n - size) // 2) for n in picture.shape[:2])
-            sheet.paste(Image.fromarray(picture[top : top + size, left : left + size]), (column * (size + 6), y))
-    return png(sheet)
+            canvas.paste(Image.fromarray(picture[top : top + size, left : left + size]), (column * (size + 6), y))
+    return iio.imwrite("<bytes>", np.asarray(canvas), extension=".png")
 
 
 def data_picture(dataset):
     """PNG of some training crops just as the network gets them: image, instances, target."""
-    with torch.random.fork_rng(devices=[]):  # looking does not change the run
-        seen, rows = NucleiDataset(dataset.images, dataset.masks, transform=dataset.transform), []
+    rows, seen = [], NucleiDataset(dataset.images, dataset.masks, transform=dataset.transform)
+    with torch.random.fork_rng(devices=[]):  # looking at the data does not change the run
         for i in np.linspace(0, len(dataset) - 1, min(6, len(dataset))).astype(int):
             image, mask = seen[i]
             target = dataset.mask_transform(mask.numpy()).numpy()
-            target = np.stack([target[-1], target[-2] if len(target) > 1 else target[-1], 0 * target[0]], -1)
+            boundary, foreground = target[:0:-1] if len(target) == 3 else (0 * target[0], target[0])
+            target = np.stack([boundary, foreground, 0 * foreground], -1)
             rows.append(("", [gray(image[0].numpy()), colored(mask.numpy()), (target * 255).astype(np.uint8)]))
     return sheet(["training crop", "instances", "target: red boundary, green foreground"], rows, CROP)
 
 
 def samples_picture(model, samples, f1):
     """PNG of the three worst test images and three more up to the best, with truth and prediction."""
-    order = np.argsort(f1, kind="stable")
-    rows = []
+    order, rows = np.argsort(f1, kind="stable"), []
     for i in dict.fromkeys([*order[:3], *order[np.linspace(0, len(order) - 1, 4).astype(int)[1:]]]):
-        sample = samples[i]
-        instances, probabilities = segment(model, sample.image)
+        name, image, mask = samples[i]
+        instances, probabilities = segment(model, image)
         probability = np.repeat((nucleus_probability(probabilities) * 255).astype(np.uint8)[..., None], 3, -1)
-        pictures = [gray(sample.image), colored(sample.mask), probability, colored(instances)]
-        rows.append((f"{sample.name[:40]}  F1 {f1[i]:.2f}  {sample.mask.max()} nuclei, {instances.max()} found", pictures))
+        caption = f"{name[:40]}  F1 {f1[i]:.2f}  {len(np.unique(mask[mask > 0]))} nuclei, {instances.max()} found"
+        rows.append((caption, [gray(image), colored(mask), probability, colored(instances)]))
     return sheet(["image", "true instances", "predicted probability", "predicted instances"], rows)
 
 
 def curves_picture(history):
     """PNG of losses and scores against epoch."""
-    picture = Image.new("RGB", (980, 400), "white")
-    draw = ImageDraw.Draw(picture)
-    epochs = [row["epoch"] for row in history]
-    for left, title, curves in (
-        (60, "loss", {"train_loss": "steelblue", "val_loss": "darkorange"}),
-        (540, "score", {"train_dice": "steelblue", "val_dice": "darkorange", "val_f1": "seagreen"}),
-    ):
-        width, height, top = 400, 300, 40
-        values = [row[name] for row in history for name in curves]
-        low, high = (0, max(values) * 1.05) if title == "loss" else (min(0.5, *values, 0.5), 1)
-        low, high = (low, high) if high > low else (low, low + 1)
+    canvas = Image.new("RGB", (980, 400), "white")
+    draw, epochs, (width, height, top) = ImageDraw.Draw(canvas), [row["epoch"] for row in history], (400, 300, 40)
+    colors = ("steelblue", "darkorange", "seagreen")
+    for left, names in (60, ("train_loss", "val_loss")), (540, ("train_dice", "val_dice", "val_f1")):
+        values = [row[name] for row in history for name in names]
+        low, high = (0, max(values) * 1.05 or 1) if left == 60 else (min(0.5, *values), 1)
 
-        def point(epoch, value):
+        def point(epoch, value, left=left, low=low, high=high):
             x = (epoch - epochs[0]) / max(1, epochs[-1] - epochs[0])
             return left + x * width, top + height * (1 - (value - low) / (high - low))
 
         draw.rectangle((left, top, left + width, top + height), outline="black")
         draw.text((left + width / 2 - 15, top + height + 30), "epoch", fill="black")
-        draw.text((left, top - 30), title, fill="black")
         for tick in np.linspace(low, high, 6):
             draw.text((left - 38, point(epochs[0], tick)[1] - 6), f"{tick:.2f}", fill="black")
-            draw.line([point(epochs[0], tick), point(epochs[-1], tick)], fill="gainsboro")
-        for epoch in sorted({epochs[i] for i in np.linspace(0, len(epochs) - 1, min(10, len(epochs))).astype(int)}):
+        for epoch in sorted({epochs[i] for i in np.linspace(0, len(epochs) - 1, 10).astype(int)}):
             draw.text((point(epoch, low)[0] - 4, top + height + 8), str(epoch), fill="black")
-        for i, (name, color) in enumerate(curves.items()):
+        for i, (name, color) in enumerate(zip(names, colors)):
             points = [point(row["epoch"], row[name]) for row in history]
             draw.line(points, fill=color, width=2)
             for x, y in points:
                 draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=color)
-            draw.text((left + 90 + 100 * i, top - 30), f"- {name}", fill=color)
-    return png(picture)
+            draw.text((left + 120 * i, top - 20), f"- {name}", fill=color)
+    return iio.imwrite("<bytes>", np.asarray(canvas), extension=".png")
 
 
 # ---------------------------------------------------------------- command line
 def predict_files(model, paths, out):
     """Segment image files, and all images of folders, into out/predictions: a label TIFF and a picture of outlines each."""
-    files = []
+    files = {}
     for path in map(Path, paths):
-        inside = [f for f in sorted(path.iterdir()) if f.suffix.lower() in SUFFIXES] if path.is_dir() else [path]
-        if not inside:
-            raise UserError(f"--predict {path} holds no image ({', '.join(sorted(SUFFIXES))})")
-        files += inside
-    named = {}
-    for file in files:
-        if not file.exists():
-            raise UserError(f"--predict {file} does not exist")
-        if file.resolve() != named.setdefault(file.stem, file).resolve():
-            raise UserError(f"{named[file.stem]} and {file} would both be written to {file.stem}.tif; predict one, then the other")
+        found = sorted(f for f in path.iterdir() if f.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+        if not found or not found[0].exists():
+            raise UserError(f"--predict {path} {'holds no image' if path.is_dir() else 'does not exist'}; give images or folders")
+        for file in found:
+            if files.setdefault(file.stem, file).resolve() != file.resolve():
+                raise UserError(f"{files[file.stem]} and {file} would both become {file.stem}.tif; predict them one by one")
     out = out / "predictions"
     out.mkdir(parents=True, exist_ok=True)
-    total, bad = 0, []
-    for stem, file in named.items():
+    counts, bad = [], []
+    for stem, file in files.items():
         try:
             image = read_image(file)
         except UserError as error:
             bad.append(str(error))
             continue
         instances, _ = segment(model, image)
-        count = int(instances.max())
-        total += count
-        labels = instances.astype(np.uint16 if count <= 65535 else np.uint32)
+        counts.append(int(instances.max()))
+        labels = instances.astype(np.uint16 if counts[-1] <= 65535 else np.uint32)
         write_file(out / f"{stem}.tif", iio.imwrite("<bytes>", labels, extension=".tif", plugin="tifffile", compression="zlib"))
-        write_file(out / f"{stem}.png", png(outlined(image, instances)))
-        say(f"{file}: {count} nuclei")
-    say(f"{len(named) - len(bad)} images, {total} nuclei, in {out}")
+        picture = gray(image)
+        picture[find_boundaries(instances, mode="inner")] = (255, 220, 0)
+        write_file(out / f"{stem}.png", iio.imwrite("<bytes>", picture, extension=".png"))
+        say(f"{file}: {counts[-1]} nuclei")
+    say(f"{len(counts)} images, {sum(counts)} nuclei, in {out}")
     if bad:
         raise UserError("; ".join(bad))
-    return {"n_images": len(named), "n_objects": total}
+    return {"n_images": len(counts), "n_objects": sum(counts)}
 
 
 def choose_device(name, precision):
-    """(torch.device, dtype to compute in) for --device and --precision."""
+    """(torch.device, dtype to compute in) of --device and --precision."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda" and WORLD_SIZE > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    fastest = torch.float32
     try:
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        if name == "cuda" and WORLD_SIZE > 1:
-            name = f"cuda:{os.environ['LOCAL_RANK']}"
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError("not a device this script knows")
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} is not to be had here ({str(error).splitlines()[0]}); try --device auto") from None
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        fastest = torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    elif device.type == "cpu":  # bf16 is slower than fp32 where the processor only emulates it
-        cpuinfo = Path("/proc/cpuinfo")
-        native = cpuinfo.exists() and {"avx512_bf16", "amx_bf16"} & set(cpuinfo.read_text().split())
-        fastest = torch.bfloat16 if native else torch.float32
-    else:
-        fastest = torch.float32
+        device = torch.zeros(1, device=name).device  # fails where there is none
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            fastest = torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+        elif device.type == "cpu":  # where the processor has no bf16 instructions, bf16 is slower than fp32
+            cpuinfo = Path("/proc/cpuinfo")
+            if cpuinfo.exists() and {"avx512_bf16", "amx_bf16"} & set(cpuinfo.read_text().split()):
+                fastest = torch.bfloat16
+        elif device.type != "mps":
+            raise RuntimeError
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise UserError(f"--device {name} is not to be had here; give --device auto, cpu, cuda, cuda:N or mps") from None
     return device, torch.float32 if precision == "fp32" else fastest
 
 
@@ -1070,6 +973,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def at_least(low, kind=int):
+    """An argparse type: a finite number of a kind, not below `low`."""
+
     def convert(text):
         value = kind(text)
         if not (math.isfinite(value) and value >= low):
@@ -1082,45 +987,31 @@ def at_least(low, kind=int):
 
 def parse_arguments(argv):
     parser = Parser("unet_nuclei.py", description="Train a U-Net that finds and separates nuclei, score it, and apply it.",
-                    allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+                    allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument_group("data").add_argument
     add("--data", default=DEFAULT_DATA, metavar="PATH", help="folder or zip with train/ and test/, or `synthetic`")
-    add("--all-images", action="store_true", help="keep what is not fluorescence of the Data Science Bowl's own folders")
+    add("--all-images", action="store_true", help="of the Bowl's own folders, keep what is not fluorescence too")
     add("--predict", nargs="+", metavar="PATH", help="images or folders to segment with --checkpoint")
     add = parser.add_argument_group("model").add_argument
-    add("--boundary", action="store_true", help="3 classes and watershed instead of foreground and components")
+    add("--boundary", action="store_true", help="three classes and watershed, not foreground and components")
     add("--width", type=at_least(1), metavar="N", help="channels of the first level (default: 64)")
-    add("--checkpoint", metavar="FILE", help="a model.pt to evaluate (--epochs 0) or to --predict with")
+    add("--checkpoint", metavar="FILE", help="a model.pt, to --predict with or, with --epochs 0, to evaluate")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=at_least(0), default=10, metavar="N", help="training epochs; 0 evaluates --checkpoint")
-    add("--batch-size", type=at_least(1), default=4, metavar="N", help="crops a step")
+    add("--batch-size", type=at_least(1), default=4, metavar="N", help="crops in a step")
     add("--lr", type=at_least(1e-12, float), default=3e-3, metavar="RATE", help="highest learning rate")
     add("--seed", type=at_least(0), default=0, metavar="N", help="of weights, crops and synthetic nuclei")
     add("--resume", action="store_true", help="go on from OUT/last.pt")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
-    add("--precision", default="auto", choices=("auto", "fp32"), help="auto is the fastest native one")
+    add("--precision", default="auto", choices=("auto", "fp32"), help="auto: the fastest that the device has")
     add("--workers", type=at_least(0), metavar="N", help="loader processes (default: 4 with CUDA, else 0)")
     add = parser.add_argument_group("output").add_argument
     add("--out", type=Path, metavar="DIR", help="(default: runs/foreground or runs/boundary)")
     return parser.parse_args(argv)
 
 
-def describe(name, samples):
-    shapes = [s.image.shape for s in samples]
-    nuclei = sum(len(np.unique(s.mask)) - bool((s.mask == 0).any()) for s in samples)
-    return f"{len(samples)} {name} images of {min(shapes)} to {max(shapes)} pixels with {nuclei} nuclei"
-
-
-def checksum(samples):
-    digest = hashlib.sha256()
-    for sample in samples:
-        for part in (sample.name.encode(), repr(sample.image.shape).encode(), sample.image.tobytes(), sample.mask.tobytes()):
-            digest.update(part)
-    return digest.hexdigest()
-
-
 def run(args):
-    """What `main` does, mistakes of the user's raised as UserError."""
+    """What `main` does once the arguments are parsed; mistakes of the user's are UserErrors."""
     if args.predict and not args.checkpoint:
         raise UserError("--predict needs --checkpoint, the model.pt of a training run")
     if args.checkpoint and not args.predict and args.epochs:
@@ -1128,108 +1019,100 @@ def run(args):
     if not args.checkpoint and not args.epochs:
         raise UserError("--epochs 0 needs --checkpoint, the model.pt to evaluate")
     device, precision = choose_device(args.device, args.precision)
-    model = None
     if args.checkpoint:
         model = load_model(args.checkpoint, device, precision)
-        kind = "boundary" if model.settings["boundary"] else "foreground"
-        if args.boundary and kind == "foreground":
+        if args.boundary and not model.settings["boundary"]:
             raise UserError(f"--boundary, but {args.checkpoint} is a foreground model; leave --boundary out")
         if args.width not in (None, model.settings["width"]):
-            raise UserError(f"--width is {args.width} but {args.checkpoint} has {model.settings['width']}; leave --width out")
-        args.boundary = kind == "boundary"
-    args.width = args.width or 64
-    args.out = args.out or Path("runs", "boundary" if args.boundary else "foreground")
+            raise UserError(f"--width is {args.width}, but {model.settings['width']} in {args.checkpoint}; leave --width out")
+        args.boundary, args.width = model.settings["boundary"], model.settings["width"]
+    args.width, kind = args.width or 64, "boundary" if args.boundary else "foreground"
+    args.out = args.out or Path("runs", kind)
     if args.predict:
         return predict_files(model, args.predict, args.out)
 
     if WORLD_SIZE > 1:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if RANK:
-            torch.distributed.barrier()  # rank 0 downloads
+            torch.distributed.barrier()  # rank 0 downloads, the others wait
     train, test = load_data(args.data, args.seed, args.all_images)
-    if WORLD_SIZE > 1 and not RANK:
+    if WORLD_SIZE > 1 and RANK == 0:
         torch.distributed.barrier()
-    args.out.mkdir(parents=True, exist_ok=True)
-    say(f"data: {describe('training', train)}; {describe('test', test)}")
+    checksum = hashlib.sha256()
+    for name, samples in ("training", train), ("test", test):
+        for sample in samples:
+            checksum.update(sample.name.encode() + sample.image.tobytes() + sample.mask.tobytes())
+        shapes, nuclei = [sample.image.shape for sample in samples], sum(len(np.unique(s.mask)) - 1 for s in samples)
+        say(f"data: {len(samples)} {name} images of {min(shapes)} to {max(shapes)} pixels with {nuclei} nuclei")
     say(f"device: {device}, computing in {str(precision).split('.')[1]}, {WORLD_SIZE} process(es)")
-    channels = [args.width * 2**level for level in range(5)]
-    size = sum(p.numel() for p in UNet(1, 3 if args.boundary else 1, args.width).parameters())
-    say(f"network: U-Net with {channels} channels, {size:,} parameters, {'boundary' if args.boundary else 'foreground'} model")
-    data = {"checksum": checksum(train + test)}
-    rate = None
+    channels, network = [args.width << level for level in range(5)], UNet(1, 3 if args.boundary else 1, args.width)
+    say(f"network: {kind} U-Net of {channels} channels, {sum(p.numel() for p in network.parameters()):,} parameters")
+    history = []
     if args.epochs:
-        history = run_training(args, train, data, device, precision)
+        history = run_training(args, train, checksum.hexdigest(), device, precision)
         if WORLD_SIZE > 1:
             torch.distributed.destroy_process_group()
         if RANK:
             return {}
-        model = load_model(args.out / "model.pt", device, precision)
+        args.checkpoint = args.out / "model.pt"
+        model = load_model(args.checkpoint, device, precision)
         write_file(args.out / "curves.png", curves_picture(history))
-        rate = round(float(np.mean([row["images_per_second"] for row in history])), 3)
+    args.out.mkdir(parents=True, exist_ok=True)
 
     metrics, f1 = evaluate(model, test)
     write_file(args.out / "samples.png", samples_picture(model, test, f1))
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-                "scikit-image": skimage.__version__, "scipy": scipy.__version__}  # fmt: skip
-    metrics |= {
-        "data": str(args.data), "data_sha256": data["checksum"], "train_images_per_second": rate,
-        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
-        "device": str(device), "precision": str(precision), "versions": versions,
-    }  # fmt: skip
+    rate = np.mean([row["images_per_second"] for row in history]).round(3).item() if history else None
+    versions = {module.__name__: module.__version__ for module in (torch, np, skimage, scipy)}
+    metrics |= dict(data=str(args.data), data_sha256=checksum.hexdigest(), train_images_per_second=rate, device=str(device),
+                    precision=str(precision), versions=versions | {"python": platform.python_version()},
+                    settings={key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()})
     write_file(args.out / "metrics.json", json.dumps(metrics, indent=1).encode())
     if NOTEBOOK:
-        from IPython.display import Image as Picture, display
+        from IPython.display import Image as Picture
+        from IPython.display import display
 
         for name in ("data.png", "curves.png", "samples.png"):
             if (args.out / name).exists():
                 display(Picture(filename=str(args.out / name)))
-    say(f"{metrics['n_images']} test images: AP = TP / (TP + FP + FN) {metrics['ap@0.5']:.4f} at IoU 0.5, "
-        f"{metrics['ap@0.5:0.95']:.4f} over IoU 0.5 to 0.95")  # fmt: skip
-    say(f"of {metrics['n_objects']} nuclei {metrics['found']} found, {metrics['missed']} missed; {metrics['made_up']} made up (IoU 0.5)")
-    say(f"model, scores and pictures are in {args.out}")
-    say(f"segment your images: python unet_nuclei.py --checkpoint {args.checkpoint or args.out / 'model.pt'} --predict FOLDER")
+    say(f"{len(test)} test images: AP = TP / (TP + FP + FN) is {metrics['ap@0.5']:.4f} at IoU 0.5, "
+        f"{metrics['ap@0.5:0.95']:.4f} over IoU 0.5 to 0.95; F1 below is the mean over images at IoU 0.5")
+    say(f"of {metrics['n_objects']} nuclei {metrics['found']} found, {metrics['missed']} missed; {metrics['made_up']} made up")
+    say(f"model, scores and pictures: {args.out}")
+    say(f"segment your own images: python unet_nuclei.py --checkpoint {args.checkpoint} --predict FOLDER")
     say(f"Mean f1 score: {metrics['f1@0.5']:.4f}")
     return metrics
 
 
 def main(argv=None):
-    """The command line; `argv` is a list of its words. Returns the metrics as a dict.
+    """The command line, `argv` its words; returns the metrics as a dict.
 
-    A mistake of the user's ends with one line and status 2, Ctrl-C with status 130, SIGTERM with 143. In a notebook
-    they are exceptions that show as one line, and the kernel's own arguments are left alone.
+    A mistake of the user's ends with one line and status 2, Ctrl-C with status 130, SIGTERM with 143. In a notebook they
+    are exceptions that show as one line, and without `argv` the kernel's own arguments are left alone.
     """
-    if argv is None:
-        argv = [] if NOTEBOOK else sys.argv[1:]
-
     def terminate(*_):
         raise Terminated
 
-    handler = None
-    if threading.current_thread() is threading.main_thread():
-        handler = signal.signal(signal.SIGTERM, terminate)
-    out = None
+    in_main_thread, args = threading.current_thread() is threading.main_thread(), None
+    previous = signal.signal(signal.SIGTERM, terminate) if in_main_thread else None
     try:
-        args = parse_arguments(argv)
-        try:
-            return run(args)
-        finally:
-            out = args.out
+        args = parse_arguments([] if argv is None and NOTEBOOK else argv)
+        return run(args)
     except UserError as error:
         message, status = str(error), 2
     except torch.cuda.OutOfMemoryError:
         message, status = "the GPU is out of memory; lower --batch-size or --width", 2
     except OSError as error:
-        message, status = f"{error.strerror or error}: {error.filename or out}; free space or choose another --out", 2
+        message, status = f"{error.strerror or error} ({error.filename or args.out}); make room, or give another --out", 2
     except KeyboardInterrupt as stop:
         message, status = "stopped", 143 if isinstance(stop, Terminated) else 130
-        if out and (out / "last.pt").exists():
-            message += "; the same command with --resume goes on from the last whole epoch"
+        if args and args.out and (args.out / "last.pt").exists():
+            message += "; the same command with --resume goes on after the last whole epoch"
     finally:
-        if handler is not None:
-            signal.signal(signal.SIGTERM, handler)
-    live("")
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, previous)
+    live()
     if NOTEBOOK:
-        raise UserError(message) from None
+        raise UserError(message)
     print(f"error: {message}" if status == 2 else message, file=sys.stderr)
     raise SystemExit(status)
 
