@@ -830,3 +830,85 @@ def test_pasted_into_a_notebook(tmp_path):
     assert after.outputs[0]["data"]["text/plain"] == "2"
     assert "Mean f1 score" in "".join(output.get("text", "") for output in shell.outputs)
     (tmp_path / "executed.ipynb").write_text(nbformat.writes(book))
+
+
+# ---------------------------------------------------------------- make bench
+def notebook_steps(width, n):
+    """The notebook's loop on n crops: batch 1, float32, channels first, no normalization layers. Seconds a crop."""
+    model, image, target = un.UNet(1, 1, width, norm=False), torch.randn(1, 1, 256, 256), torch.ones(1, 1, 256, 256)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+
+    def step():
+        optimizer.zero_grad()
+        torch.nn.functional.binary_cross_entropy_with_logits(model(image), target).backward()
+        optimizer.step()
+
+    step()
+    return clock(step, n), clock(lambda: no_grad(model, image), n)
+
+
+def no_grad(model, image):
+    with torch.no_grad():
+        return model.eval()(image)
+
+
+def clock(function, n):
+    start = time.time()
+    for _ in range(n):
+        function()
+    return (time.time() - start) / n
+
+
+def script_steps(width, n, batch=4, real=False):
+    """The script's own loop on n crops, of one fixed batch or drawn from images. Seconds a crop to train, to predict."""
+    device, precision = un.choose_device("cpu", "auto")
+    model = un.build_model({"boundary": True, "width": width}, device, precision)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    samples = un.synthetic(0)[0][:20]
+    norm = un.fit_normalization([s.image for s in samples])
+    images, masks = [un.normalize(s.image, norm) for s in samples], [s.mask for s in samples]
+    dataset = un.NucleiDataset(images, masks, None, un.depth_target, un.augment)
+    fixed = next(iter(torch.utils.data.DataLoader(dataset, batch)))
+    loader = torch.utils.data.DataLoader(dataset, batch, sampler=[i % 20 for i in range(n)]) if real else [fixed] * (n // batch)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    un.train_epoch(model, [fixed], optimizer, schedule, scaler)
+    start = time.time()
+    un.train_epoch(model, loader, optimizer, schedule, scaler)
+    return (time.time() - start) / n, clock(lambda: un.predict(model, images[0]), n)
+
+
+def peak_memory(code):
+    code = f"import resource, test_unet_nuclei as t; t.{code}; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)"
+    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=SCRIPT.parent).stdout)
+
+
+def bench():
+    """Print the README's ratios, each against a reference of a few lines, measured in this one run."""
+    un.platform.processor()
+    print(f"{os.cpu_count()} cores, torch {torch.__version__}, computing in {un.choose_device('cpu', 'auto')[1]}")
+    for width, n in ((64, 8), (16, 64)):
+        notebook, script = notebook_steps(width, n), script_steps(width, n)
+        for name, slow, fast in zip(("training", "prediction"), notebook, script, strict=True):
+            print(f"width {width} {name}: notebook {1 / slow:.2f}, script {1 / fast:.2f} images/s, ratio {slow / fast:.2f}", flush=True)
+    for width, n in ((64, 8), (16, 64)):
+        bare, whole = script_steps(width, n)[0], script_steps(width, n, real=True)[0]
+        print(f"width {width}: data pipeline takes {max(0, 1 - bare / whole):.1%} of the training loop", flush=True)
+    slow, fast = peak_memory("notebook_steps(64, 2)"), peak_memory("script_steps(64, 8)")
+    print(f"width 64 peak memory: notebook {slow:.2f}, script {fast:.2f} GiB, ratio {fast / slow:.2f}", flush=True)
+    for size, side in ((5000, 1500), (20_000, 8192)):
+        grid = np.arange(side) * int(size**0.5) // side
+        mask = (grid[:, None] * int(size**0.5) + grid + 1).astype(np.int32)
+        mask[:: side // int(size**0.5)] = 0
+        seg = np.roll(mask, 3, 1)
+        fast = clock(lambda seg=seg, mask=mask: un.match_counts(seg, mask), 1)
+        if size > 5000:
+            print(f"match_counts of {mask.max()} objects on {side}x{side}: {fast:.1f} s")
+        else:
+            slow = clock(lambda seg=seg, mask=mask: dense_match_counts(seg, mask, 0.5), 1)
+            assert dense_match_counts(seg, mask, 0.5) == un.match_counts(seg, mask)
+            print(f"match_counts of {mask.max()} objects: dense assignment {slow:.2f} s, script {fast:.2f} s, ratio {slow / fast:.1f}")
+
+
+if __name__ == "__main__" and sys.argv[1:] == ["bench"]:
+    bench()

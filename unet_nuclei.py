@@ -494,7 +494,7 @@ def overlaps(seg, mask):
     table = coo_array((np.ones(len(both), np.int64), pairs), shape=shape).tocsr().tocoo()  # tocsr adds up the ones
     union = areas[0][table.row] + areas[1][table.col] - table.data
     iou = coo_array((table.data / union, (table.row, table.col)), shape=shape)
-    return iou, np.count_nonzero(areas[0][1:]), np.count_nonzero(areas[1][1:])
+    return iou, *(int(np.count_nonzero(area[1:])) for area in areas)
 
 
 def count_matches(iou, n_seg, n_mask, threshold):
@@ -950,39 +950,25 @@ def choose_device(name, precision):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and WORLD_SIZE > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-    fastest = torch.float32
     try:
-        device = torch.zeros(1, device=name).device  # fails where there is none
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-            fastest = torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-        elif device.type == "cpu":  # where the processor has no bf16 instructions, bf16 is slower than fp32
-            cpuinfo = Path("/proc/cpuinfo")
-            if cpuinfo.exists() and {"avx512_bf16", "amx_bf16"} & set(cpuinfo.read_text().split()):
-                fastest = torch.bfloat16
-        elif device.type != "mps":
+        if name.split(":")[0] not in ("cpu", "cuda", "mps"):
             raise RuntimeError
-    except (RuntimeError, AssertionError, NotImplementedError):
+        device = torch.zeros(1, device=name).device  # fails where there is none
+    except (RuntimeError, AssertionError):
         raise UserError(f"--device {name} is not to be had here; give --device auto, cpu, cuda, cuda:N or mps") from None
+    fastest = torch.float32
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        fastest = torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    elif device.type == "cpu" and (cpuinfo := Path("/proc/cpuinfo")).exists():
+        if {"avx512_bf16", "amx_bf16"} & set(cpuinfo.read_text().split()):  # without them bf16 is slower than fp32
+            fastest = torch.bfloat16
     return device, torch.float32 if precision == "fp32" else fastest
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message}; --help lists the flags")
-
-
-def at_least(low, kind=int):
-    """An argparse type: a finite number of a kind, not below `low`."""
-
-    def convert(text):
-        value = kind(text)
-        if not (math.isfinite(value) and value >= low):
-            raise ValueError
-        return value
-
-    convert.__name__ = f"{kind.__name__} of at least {low:g}"  # argparse names it in its message
-    return convert
 
 
 def parse_arguments(argv):
@@ -994,20 +980,26 @@ def parse_arguments(argv):
     add("--predict", nargs="+", metavar="PATH", help="images or folders to segment with --checkpoint")
     add = parser.add_argument_group("model").add_argument
     add("--boundary", action="store_true", help="three classes and watershed, not foreground and components")
-    add("--width", type=at_least(1), metavar="N", help="channels of the first level (default: 64)")
+    add("--width", type=int, metavar="N", help="channels of the first level (default: 64)")
     add("--checkpoint", metavar="FILE", help="a model.pt, to --predict with or, with --epochs 0, to evaluate")
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=at_least(0), default=10, metavar="N", help="training epochs; 0 evaluates --checkpoint")
-    add("--batch-size", type=at_least(1), default=4, metavar="N", help="crops in a step")
-    add("--lr", type=at_least(1e-12, float), default=3e-3, metavar="RATE", help="highest learning rate")
-    add("--seed", type=at_least(0), default=0, metavar="N", help="of weights, crops and synthetic nuclei")
+    add("--epochs", type=int, default=10, metavar="N", help="training epochs; 0 evaluates --checkpoint")
+    add("--batch-size", type=int, default=4, metavar="N", help="crops in a step")
+    add("--lr", type=float, default=3e-3, metavar="RATE", help="highest learning rate")
+    add("--seed", type=int, default=0, metavar="N", help="of weights, crops and synthetic nuclei")
     add("--resume", action="store_true", help="go on from OUT/last.pt")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--precision", default="auto", choices=("auto", "fp32"), help="auto: the fastest that the device has")
-    add("--workers", type=at_least(0), metavar="N", help="loader processes (default: 4 with CUDA, else 0)")
+    add("--workers", type=int, metavar="N", help="loader processes (default: 4 with CUDA, else 0)")
     add = parser.add_argument_group("output").add_argument
     add("--out", type=Path, metavar="DIR", help="(default: runs/foreground or runs/boundary)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name, low in ("epochs", 0), ("width", 1), ("batch_size", 1), ("seed", 0), ("workers", 0):
+        if getattr(args, name) is not None and getattr(args, name) < low:
+            parser.error(f"--{name.replace('_', '-')} must be at least {low}")
+    if not 0 < args.lr < math.inf:
+        parser.error("--lr must be a positive number")
+    return args
 
 
 def run(args):
