@@ -283,7 +283,7 @@ def test_connected_components():
 def test_keep_sure_drops_the_small_and_the_doubtful():
     instances = squares((0, 0, 5, 5), (10, 10, 2, 2), (20, 20, 5, 5), (30, 30, 5, 5))
     nucleus = np.where(instances == 3, 0.6, 0.95)
-    kept = un.keep_sure(instances, nucleus, smallest=10)
+    kept = un.keep_sure(instances, nucleus, smallest=10, sure=0.8)
     assert np.array_equal(kept, np.array([0, 1, 0, 0, 2])[instances])
 
 
