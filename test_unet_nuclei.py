@@ -512,13 +512,15 @@ def test_one_bad_file_among_good_ones(trained, tmp_path):
 
 def test_evaluating_a_checkpoint_repeats_its_scores(trained, tmp_path):
     folder, _ = trained["boundary"]
-    status, out, _ = run("--epochs", "0", "--checkpoint", folder / "model.pt", "--data", "synthetic", "--out", "again", cwd=tmp_path)
+    words = ["--epochs", "0", "--checkpoint", folder / "model.pt", "--data", "synthetic", "--out", "again"]
+    status, out, _ = run(*words, cwd=tmp_path)
     before, again = (json.loads((f / "metrics.json").read_text()) for f in (folder, tmp_path / "again"))
     assert status == 0 and before["f1@0.5"] == again["f1@0.5"] and before["ap@0.5:0.95"] == again["ap@0.5:0.95"]
 
 
 def without_times(history):
-    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in csv.DictReader(history.open())]
+    times = ("seconds", "images_per_second")
+    return [{name: v for name, v in row.items() if name not in times} for row in csv.DictReader(history.open())]
 
 
 def same_run(a, b):
@@ -535,8 +537,9 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, workers):
     assert run(*words, "--out", "whole", cwd=tmp_path)[0] == 0
     rng = random.Random(workers)
     for _ in range(int(os.environ.get("KILLS", "2"))):  # at random moments: within an epoch, a checkpoint, the test
-        process = subprocess.Popen([sys.executable, SCRIPT, *map(str, words), "--out", "cut", *again(tmp_path / "cut")], cwd=tmp_path)
-        until(lambda: (tmp_path / "cut/data.png").exists() or process.poll() is not None)
+        command = [sys.executable, SCRIPT, *map(str, words), "--out", "cut", *again(tmp_path / "cut")]
+        process = subprocess.Popen(command, cwd=tmp_path)
+        until(lambda: (tmp_path / "cut/data.png").exists())
         time.sleep(rng.uniform(0, 3))
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -712,6 +715,10 @@ def nan(image):
     return image
 
 
+def two_of_255(mask):
+    return (squares((2, 2, 9, 9), (30, 30, 9, 9), shape=mask.shape) > 0) * np.uint8(255)
+
+
 INPUTS = [  # name, what is done to a good data folder, a word of the one line (None: it works)
     ("path missing", shutil.rmtree, "does not exist"),
     ("folder empty", lambda root: (shutil.rmtree(root), root.mkdir()), "train/"),
@@ -736,19 +743,22 @@ INPUTS = [  # name, what is done to a good data folder, a word of the one line (
     ("negative ids", edit("masks", lambda mask: -mask.astype(np.int16)), "negative"),
     ("fractional ids", edit("masks", lambda mask: mask.astype(np.float32) / 2), "fractional"),
     ("mask as three equal channels", edit("masks", lambda mask: np.stack([mask.astype(np.uint8)] * 3, -1)), None),
-    ("colour-coded mask", edit("masks", lambda mask: np.stack([mask * 3, mask * 5, mask * 7], -1).astype(np.uint8)), "coloured"),
-    ("0/255 mask", edit("masks", lambda mask: (squares((2, 2, 9, 9), (30, 30, 9, 9), shape=mask.shape) > 0) * np.uint8(255)), "own"),
-    ("one training image", lambda root: [f.unlink() for n in "12" for f in root.glob(f"train/*/{n}.tif")], "at least two"),
+    ("colour-coded mask", edit("masks", lambda mask: np.stack([mask, mask * 5, mask * 7], -1).astype(np.uint8)), "coloured"),
+    ("0/255 mask", edit("masks", two_of_255), "own"),
+    ("one training image", lambda root: [f.unlink() for f in root.glob("train/*/[12].tif")], "at least two"),
+    ("two training images", lambda root: [f.unlink() for f in root.glob("train/*/2.tif")], None),
     ("no test image", lambda root: [f.unlink() for f in root.glob("test/*/*.tif")], "no image"),
     ("read-only, a link, not ASCII", read_only_link, None),
 ]
 FLAGS = [
     ("--epochs -1", "--epochs"), ("--width 0", "--width"), ("--batch-size 0", "--batch-size"), ("--lr nan", "--lr"),
-    ("--lr 0", "--lr"), ("--epochs many", "--epochs"), ("--device cuda:9", "cuda"), ("--device tpu", "tpu"), ("--out file", "file"),
-    ("--out file/below", "file"), ("--predict data", "--checkpoint"), ("--checkpoint none.pt --predict data", "none.pt"),
-    ("--checkpoint {model} --predict empty", "no image"), ("--checkpoint {model} --predict none.tif", "none.tif"),
-    ("--checkpoint {model}", "--epochs 0"), ("--epochs 0", "--checkpoint"), ("--resume", "last.pt"), ("--no-such-flag", "--no-such-flag"),
-    ("--checkpoint {model} --epochs 0 --width 3", "--width"), ("--checkpoint data/test/images/0.tif --epochs 0", "0.tif"),
+    ("--lr 0", "--lr"), ("--epochs many", "--epochs"), ("--device cuda:9", "cuda"), ("--device tpu", "tpu"),
+    ("--out file", "file"), ("--out file/below", "file"), ("--predict data", "--checkpoint"), ("--resume", "last.pt"),
+    ("--checkpoint none.pt --predict data", "none.pt"), ("--checkpoint {model} --predict empty", "no image"),
+    ("--checkpoint {model} --predict none.tif", "none.tif"), ("--checkpoint {model}", "--epochs 0"),
+    ("--epochs 0", "--checkpoint"), ("--no-such-flag", "--no-such-flag"),
+    ("--checkpoint {model} --epochs 0 --width 3", "--width"),
+    ("--checkpoint data/test/images/0.tif --epochs 0", "0.tif"),
 ]  # fmt: skip
 TABLE = []
 
@@ -816,7 +826,7 @@ def test_pasted_into_a_notebook(tmp_path):
     train = 'metrics = main(["--boundary", "--data", "data", "--epochs", "1", "--width", "2"])\nprint(metrics["n_images"])'
     cells = ["import time as mine; sheet = 5", SCRIPT.read_text(), train, train, "main(['--lr', 'nan'])", "mine.time() and 1 + 1"]
     cells.insert(1, f"%%writefile unet_nuclei.py\n{SCRIPT.read_text()}")
-    cells.append("!python unet_nuclei.py --boundary --data data --epochs 1 --width 2 --out shell")
+    cells.append(f"!{sys.executable} unet_nuclei.py --boundary --data data --epochs 1 --width 2 --out shell")
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     client = nbclient.NotebookClient(book, timeout=300, allow_errors=True, resources={"metadata": {"path": str(tmp_path)}})
     client.execute()
@@ -885,12 +895,12 @@ def peak_memory(code):
 
 def bench():
     """Print the README's ratios, each against a reference of a few lines, measured in this one run."""
-    un.platform.processor()
     print(f"{os.cpu_count()} cores, torch {torch.__version__}, computing in {un.choose_device('cpu', 'auto')[1]}")
     for width, n in ((64, 8), (16, 64)):
         notebook, script = notebook_steps(width, n), script_steps(width, n)
         for name, slow, fast in zip(("training", "prediction"), notebook, script, strict=True):
-            print(f"width {width} {name}: notebook {1 / slow:.2f}, script {1 / fast:.2f} images/s, ratio {slow / fast:.2f}", flush=True)
+            rates = f"notebook {1 / slow:.2f}, script {1 / fast:.2f} images/s, ratio {slow / fast:.2f}"
+            print(f"width {width} {name}: {rates}", flush=True)
     for width, n in ((64, 8), (16, 64)):
         bare, whole = script_steps(width, n)[0], script_steps(width, n, real=True)[0]
         print(f"width {width}: data pipeline takes {max(0, 1 - bare / whole):.1%} of the training loop", flush=True)
@@ -907,7 +917,7 @@ def bench():
         else:
             slow = clock(lambda seg=seg, mask=mask: dense_match_counts(seg, mask, 0.5), 1)
             assert dense_match_counts(seg, mask, 0.5) == un.match_counts(seg, mask)
-            print(f"match_counts of {mask.max()} objects: dense assignment {slow:.2f} s, script {fast:.2f} s, ratio {slow / fast:.1f}")
+            print(f"match_counts of {mask.max()} objects: dense {slow:.2f} s, script {fast:.2f} s, ratio {slow / fast:.1f}")
 
 
 if __name__ == "__main__" and sys.argv[1:] == ["bench"]:

@@ -73,10 +73,6 @@ class UserError(Exception):
         return [f"error: {self}"]
 
 
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, which Kaggle and Slurm send before they take the machine away."""
-
-
 def say(text):
     """Print a line, on the first process only."""
     if RANK == 0:
@@ -90,41 +86,36 @@ def live(text=""):
 
 
 # ---------------------------------------------------------------- reading and writing files
-def read_array(path):
-    """An image file as it is, (H, W) or (H, W, 3), alpha dropped. UserError names a file that is no 2-D image."""
+def read_plane(path):
+    """An image file as (H, W) in its own dtype, and whether it was gray: colour is averaged, alpha dropped.
+
+    UserError names a file that is no 2-D image of finite numbers.
+    """
     try:
         tiff = path.suffix.lower() in (".tif", ".tiff")  # imageio's own choice reads only the first page of a stack
         array = np.asarray(iio.imread(path.read_bytes(), **({"plugin": "tifffile"} if tiff else {})))
     except Exception as error:  # text, empty and truncated files each fail in a way of their own
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} cannot be read as an image ({reason}); replace it or take it out") from None
+    gray = True
     if array.ndim == 3 and array.shape[0] == 1:
         array = array[0]
     elif array.ndim == 3 and array.shape[2] <= 4:
-        array = array[..., 0] if array.shape[2] < 3 else array[..., :3]
-    if array.size == 0 or array.shape[2:] not in ((), (3,)) or array.ndim < 2:
+        colors = array[..., : 3 if array.shape[2] >= 3 else 1]
+        gray = bool((colors == colors[..., :1]).all())
+        array = colors[..., 0] if gray else colors.mean(-1, dtype=np.float32)
+    if array.ndim != 2 or array.size == 0:
         raise UserError(f"{path} has shape {array.shape}, not a 2-D image's; save each plane of a stack on its own")
     if not np.isfinite(array).all():
         raise UserError(f"{path} holds NaN or infinite pixels; replace them, for example with numpy.nan_to_num")
-    return array
-
-
-def is_gray(array):
-    return array.ndim == 2 or bool((array == array[..., :1]).all())
-
-
-def read_image(path):
-    """(H, W) image in the dtype of its file; the channels of a colour image are averaged."""
-    array = read_array(path)
-    return array if array.ndim == 2 else array[..., 0] if is_gray(array) else array.mean(-1, dtype=np.float32)
+    return array, gray
 
 
 def read_mask(path):
     """(H, W) int32 ids 0..n, 0 is background. UserError where the file has not one id for each nucleus."""
-    array = read_array(path)
-    if not is_gray(array):
+    array, gray = read_plane(path)
+    if not gray:
         raise UserError(f"{path} is coloured; a mask is a gray image in which each nucleus has an id of its own")
-    array = array if array.ndim == 2 else array[..., 0]
     if (array < 0).any() or (array != np.floor(array)).any():
         raise UserError(f"{path} has negative or fractional ids; a mask holds 0 for background and 1, 2, 3, ... for nuclei")
     ids, index = np.unique(array, return_inverse=True)  # any ids, with gaps or of 32 bits, become 0..n
@@ -164,7 +155,7 @@ def read_split(folder):
         raise UserError(f"{file} has no {other} of the same stem; add it, or take this one out")
     if not images:
         raise UserError(f"{folder / 'images'} holds no image; put TIFF or PNG files there")
-    samples = [Sample(stem, read_image(images[stem]), read_mask(masks[stem])) for stem in images]
+    samples = [Sample(stem, read_plane(images[stem])[0], read_mask(masks[stem])) for stem in images]
     for name, image, mask in samples:
         if image.shape != mask.shape:
             raise UserError(f"{images[name]} is {image.shape}, its mask {mask.shape}; save both with one shape")
@@ -178,10 +169,10 @@ def read_kaggle(folder, all_images=False):
     """
     kept = []
     for file in sorted(folder.glob("*/images/*.png")):
-        image, gray = read_image(file), is_gray(read_array(file))
+        image, gray = read_plane(file)
         mask = np.zeros(image.shape, np.int32)
         for i, nucleus in enumerate(sorted(file.parents[1].glob("masks/*.png")), 1):
-            mask[read_image(nucleus) > 0] = i
+            mask[read_plane(nucleus)[0] > 0] = i
         if all_images or gray and mask.any() and image[mask > 0].mean() > image[mask == 0].mean():
             kept.append(Sample(file.stem, image, mask))
     return [sample for i, sample in enumerate(kept) if i % 10 != 9], kept[9::10]
@@ -704,7 +695,7 @@ def load_model(path, device, precision):
     try:
         model = build_model(state["settings"], device, precision)
         model.load_state_dict(state["model"])
-    except Exception:
+    except (KeyError, TypeError, ValueError, RuntimeError):
         raise UserError(f"{path} holds another network than this script's; give a model.pt that it wrote") from None
     return model.eval()
 
@@ -744,7 +735,7 @@ def run_training(args, samples, checksum, device, precision):
     training, validation = (training, samples[19::20]) if len(samples) >= 20 else (samples[:-1], samples[-1:])
     normalization = fit_normalization([sample.image for sample in training])
     areas = np.concatenate([np.bincount(sample.mask.ravel())[1:] for sample in training])
-    smallest = int(np.percentile(areas, 1) / 2) if len(areas) else 0  # half of what all but the smallest 1 % reach
+    smallest = int(np.percentile(areas[areas > 0], 1) / 2) if areas.any() else 0  # half of what all but the smallest 1 % reach
     settings = {"boundary": args.boundary, "width": args.width, "normalization": normalization, "smallest": smallest}
     fixed = {key: getattr(args, key) for key in ("boundary", "width", "batch_size", "lr", "seed")}
     fixed |= {"data": checksum, "processes": WORLD_SIZE}
@@ -805,15 +796,15 @@ def run_training(args, samples, checksum, device, precision):
         row = dict(epoch=epoch, train_loss=train_loss, val_loss=val_loss, train_dice=train_dice, val_dice=val_dice, val_f1=val_f1,
                    lr=optimizer.param_groups[0]["lr"], seconds=seconds, images_per_second=len(crops) / seconds)
         history.append({key: float(f"{value:.6g}") if key != "epoch" else epoch for key, value in row.items()})
-        say(f"epoch {epoch}/{args.epochs}  loss {train_loss:.4f}, validation {val_loss:.4f}  dice {train_dice:.3f}, {val_dice:.3f}"
-            f"  F1 {val_f1:.3f}  lr {row['lr']:.1e}  {seconds:.0f} s  {row['images_per_second']:.2f} images/s")
+        say(f"epoch {epoch}/{args.epochs}  loss {train_loss:.4f}, validation {val_loss:.4f}  dice {train_dice:.3f}, "
+            f"{val_dice:.3f}  F1 {val_f1:.3f}  lr {row['lr']:.1e}  {seconds:.0f} s  {row['images_per_second']:.2f} images/s")
         if val_f1 >= best:
             best = float(val_f1)
             save_checkpoint(args.out / "model.pt", {"settings": settings, "model": model.state_dict()})
-        state = {name: part.state_dict() for name, part in parts.items()}
-        save_checkpoint(last, state | dict(fixed=fixed, history=history, best=best, random=random_states()))
         lines = [",".join(row)] + [",".join(map(str, row.values())) for row in history]
         write_file(args.out / "history.csv", ("\n".join(lines) + "\n").encode())
+        state = {name: part.state_dict() for name, part in parts.items()}  # last.pt last: what it knows of is written
+        save_checkpoint(last, state | dict(fixed=fixed, history=history, best=best, random=random_states()))
     return history
 
 
@@ -924,7 +915,7 @@ def curves_picture(history):
 # ---------------------------------------------------------------- command line
 def predict_files(model, paths, out):
     """Segment image files, and all images of folders, into out/predictions: a label TIFF and a picture of outlines each."""
-    files = {}
+    files, counts, bad = {}, [], []
     for path in map(Path, paths):
         found = sorted(f for f in path.iterdir() if f.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
         if not found or not found[0].exists():
@@ -934,10 +925,9 @@ def predict_files(model, paths, out):
                 raise UserError(f"{files[file.stem]} and {file} would both become {file.stem}.tif; predict them one by one")
     out = out / "predictions"
     out.mkdir(parents=True, exist_ok=True)
-    counts, bad = [], []
     for stem, file in files.items():
         try:
-            image = read_image(file)
+            image, _ = read_plane(file)
         except UserError as error:
             bad.append(str(error))
             continue
@@ -1092,8 +1082,8 @@ def main(argv=None):
     A mistake of the user's ends with one line and status 2, Ctrl-C with status 130, SIGTERM with 143. In a notebook they
     are exceptions that show as one line, and without `argv` the kernel's own arguments are left alone.
     """
-    def terminate(*_):
-        raise Terminated
+    def terminate(*_):  # SIGTERM is what Kaggle and Slurm send before they take the machine away
+        raise KeyboardInterrupt(143)
 
     in_main_thread, args = threading.current_thread() is threading.main_thread(), None
     previous = signal.signal(signal.SIGTERM, terminate) if in_main_thread else None
@@ -1107,7 +1097,7 @@ def main(argv=None):
     except OSError as error:
         message, status = f"{error.strerror or error} ({error.filename or args.out}); make room, or give another --out", 2
     except KeyboardInterrupt as stop:
-        message, status = "stopped", 143 if isinstance(stop, Terminated) else 130
+        message, status = "stopped", stop.args[0] if stop.args else 130
         if args and args.out and (args.out / "last.pt").exists():
             message += "; the same command with --resume goes on after the last whole epoch"
     finally:
