@@ -179,7 +179,7 @@ def test_crops_differ_between_epochs_and_workers_and_repeat_with_the_seed(worker
 
 def test_augment_keeps_image_and_mask_together():
     image, mask = un.draw_nuclei(np.random.default_rng(3))
-    image = un.normalize(image, un.fit_normalization([image]))
+    image = un.rescale(image)
     torch.manual_seed(0)
     for _ in range(20):
         new_image, new_mask = un.augment(image, mask)
@@ -876,8 +876,7 @@ def script_steps(width, n, batch=4, real=False):
     optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     samples = un.synthetic(0)[0][:20]
-    norm = un.fit_normalization([s.image for s in samples])
-    images, masks = [un.normalize(s.image, norm) for s in samples], [s.mask for s in samples]
+    images, masks = [un.rescale(s.image) for s in samples], [s.mask for s in samples]
     dataset = un.NucleiDataset(images, masks, None, un.depth_target, un.augment)
     fixed = next(iter(torch.utils.data.DataLoader(dataset, batch)))
     loader = torch.utils.data.DataLoader(dataset, batch, sampler=[i % 20 for i in range(n)]) if real else [fixed] * (n // batch)

@@ -29,6 +29,7 @@ import urllib.request
 import zipfile
 import zlib
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -44,7 +45,7 @@ from scipy.sparse.csgraph import maximum_bipartite_matching
 from skimage.draw import ellipse
 from skimage.measure import label
 from skimage.morphology import reconstruction
-from skimage.segmentation import expand_labels, find_boundaries, watershed
+from skimage.segmentation import find_boundaries, watershed
 from torch import nn
 
 # ---------------------------------------------------------------- settings
@@ -58,9 +59,10 @@ CROP = 256  # side of a training crop in pixels
 TILE, MARGIN = 1536, 128  # of a large image; the receptive field of the network reaches 107 pixels to each side
 # Tuned on validation images, the README has the measurements:
 NUCLEUS_WEIGHT = 4.0  # of nuclei against background in the loss of the boundary model, so that dim ones are learned too
-NUCLEUS = {1: 0.5, 3: 0.8}  # probability from which a pixel is a nucleus's; 0.8 undoes the weight: 4 / (4 + 1)
-SURE = {1: 0.8, 3: 0.9}  # mean probability of an object that is kept
+NUCLEUS = 0.8  # nucleus probability from which a pixel belongs to one; undoes the weight: 4 / (4 + 1)
+SURE = 0.9  # mean nucleus probability of an object that is kept
 SMOOTH, SUMMIT = 1.0, 0.1  # of the foreground: sigma in pixels, and the rise that makes a marker
+CORE = 0.9  # foreground probability of the components of the foreground model, which then grow to 0.5
 THRESHOLDS = tuple(i / 100 for i in range(50, 100, 5))  # IoU thresholds of AP 0.5:0.95
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 NOTEBOOK = "ipykernel" in sys.modules
@@ -274,28 +276,29 @@ def load_data(path, seed=0, all_images=False):
     raise UserError(f"{path} holds no train/ and test/, each with images/ and masks/; the README shows the layout")
 
 
-def fit_normalization(images):
-    """Settings for `normalize`: percentiles that are taken of each image, mean and std over the training images."""
-    normalization = {"low": 1.0, "high": 99.8, "mean": 0.0, "std": 1.0}
-    pixels = np.concatenate([normalize(image, normalization).ravel()[::16] for image in images])
-    return normalization | {"mean": float(pixels.mean()), "std": float(pixels.std()) or 1.0}
+def rescale(image, low=1.0, high=99.8):
+    """(H, W) image of any dtype and range -> float32, its own percentiles `low` and `high` at 0 and 1.
+
+    The images of this data differ a hundredfold in brightness.
+    """
+    image = np.asarray(image, np.float32)
+    low, high = np.percentile(image[:: max(1, image.shape[0] // 2048)], (low, high)).astype(np.float32)
+    return ((image - low) / max(high - low, np.float32(1e-6))).clip(-1, 3)
 
 
 def normalize(image, normalization):
-    """(H, W) image of any dtype and range -> float32: its own percentiles to 0 and 1, then the training mean and std.
+    """Raw (H, W) image -> float32 as the network takes it: rescaled, then by mean and std of the training images."""
+    return standardize(rescale(image), normalization)
 
-    The images of this data set differ a hundredfold in brightness, hence the percentiles of each image.
-    """
-    image = np.asarray(image, np.float32)
-    low, high = np.percentile(image[:: max(1, image.shape[0] // 2048)], (normalization["low"], normalization["high"]))
-    scaled = ((image - np.float32(low)) / np.float32(max(high - low, 1e-6))).clip(-1, 3)
-    return (scaled - np.float32(normalization["mean"])) / np.float32(normalization["std"])
+
+def standardize(image, normalization):
+    return (image - np.float32(normalization["mean"])) / np.float32(normalization["std"])
 
 
 class NucleiDataset(torch.utils.data.Dataset):
     """Random 256x256 crops of images with their instance masks.
 
-    images: list of (H, W) float arrays, normalized. masks: list of (H, W) integer ids, 0 is background.
+    images: list of (H, W) float arrays. masks: list of (H, W) integer ids, 0 is background.
     transform: (image, mask) -> (image, mask), both (256, 256) arrays; image_transform: image -> image; mask_transform:
     mask -> target, `foreground_target` for example. An item is a float32 tensor (1, 256, 256) and the target (without
     mask_transform the ids, int64). Smaller images are padded with their minimum, masks with background. All randomness
@@ -601,12 +604,11 @@ def nucleus_probability(probabilities):
 
 def decode(probabilities, smallest):
     """(1 or 3, H, W) probabilities -> (H, W) int32 instance ids 1..n, by components or by watershed."""
-    threshold, sure = NUCLEUS[len(probabilities)], SURE[len(probabilities)]
-    if len(probabilities) == 1:
-        instances = expand_labels(connected_components(probabilities[0], threshold))  # by what `separated_target` took
-    else:
-        instances = instance_segmentation(*probabilities[1:], threshold)
-    return keep_sure(instances, nucleus_probability(probabilities), smallest, sure)
+    nucleus = nucleus_probability(probabilities)
+    if len(probabilities) == 3:
+        return keep_sure(instance_segmentation(*probabilities[1:], NUCLEUS), nucleus, smallest, SURE)
+    components = connected_components(nucleus, CORE)  # come apart where `separated_target` opened the seam
+    return keep_sure(watershed(-nucleus, components, mask=nucleus > 0.5), nucleus, smallest, 0.5)
 
 
 def segment(model, image):
@@ -733,7 +735,9 @@ def run_training(args, samples, checksum, device, precision):
         raise UserError(f"{args.data} has {len(samples)} training image; at least two are needed, the last validates")
     training = [sample for i, sample in enumerate(samples) if i % 20 != 19]
     training, validation = (training, samples[19::20]) if len(samples) >= 20 else (samples[:-1], samples[-1:])
-    normalization = fit_normalization([sample.image for sample in training])
+    images = [rescale(sample.image) for sample in training]
+    pixels = np.concatenate([image.ravel()[::16] for image in images])
+    normalization = {"mean": float(pixels.mean()), "std": float(pixels.std()) or 1.0}
     areas = np.concatenate([np.bincount(sample.mask.ravel())[1:] for sample in training])
     smallest = int(np.percentile(areas[areas > 0], 1) / 2) if areas.any() else 0  # half of what all but the smallest 1 % reach
     settings = {"boundary": args.boundary, "width": args.width, "normalization": normalization, "smallest": smallest}
@@ -746,8 +750,8 @@ def run_training(args, samples, checksum, device, precision):
     if WORLD_SIZE > 1:
         network = nn.parallel.DistributedDataParallel(model)
     make_target = depth_target if args.boundary else separated_target
-    images = [normalize(sample.image, normalization) for sample in training]
-    dataset = NucleiDataset(images, [sample.mask for sample in training], None, make_target, augment)
+    masks = [sample.mask for sample in training]
+    dataset = NucleiDataset(images, masks, partial(standardize, normalization=normalization), make_target, augment)
     shares = torch.tensor([max(1, round(image.size / CROP**2)) for image in images])  # crops of each image in an epoch
     crops = torch.arange(len(images)).repeat_interleave(shares)
     crops = crops.repeat(math.ceil(WORLD_SIZE / len(crops)))
@@ -861,7 +865,7 @@ def sheet(headings, rows, size=300):
 
 def data_picture(dataset):
     """PNG of some training crops just as the network gets them: image, instances, target."""
-    rows, seen = [], NucleiDataset(dataset.images, dataset.masks, transform=dataset.transform)
+    rows, seen = [], NucleiDataset(dataset.images, dataset.masks, dataset.image_transform, transform=dataset.transform)
     with torch.random.fork_rng(devices=[]):  # looking at the data does not change the run
         for i in np.linspace(0, len(dataset) - 1, min(6, len(dataset))).astype(int):
             image, mask = seen[i]
