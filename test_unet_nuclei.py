@@ -573,7 +573,7 @@ def test_a_kill_while_writing_leaves_the_last_checkpoint(tmp_path, monkeypatch):
 def test_stopping_says_how_to_resume(tmp_path, number, status):
     words = [sys.executable, SCRIPT, "--boundary", *TINY, "--epochs", "1000", "--out", "out"]
     process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    until(lambda: (tmp_path / "out/history.csv").exists())
+    until(lambda: (tmp_path / "out/last.pt").exists())
     process.send_signal(number)
     _, err = process.communicate(timeout=20)
     assert process.returncode == status and len(err.splitlines()) == 1 and "--resume" in err

@@ -502,7 +502,8 @@ def overlaps(seg, mask):
 def count_matches(iou, n_seg, n_mask, threshold):
     """(tp, fp, fn) from `overlaps`: tp is the size of a maximum one-to-one matching of the pairs at or above threshold."""
     good = iou.data >= threshold
-    graph = coo_array((good[good], (iou.row[good], iou.col[good])), shape=iou.shape).tocsr()
+    pairs = iou.row[good].astype(np.int32), iou.col[good].astype(np.int32)  # scipy matches 32-bit indices only
+    graph = coo_array((good[good], pairs), shape=iou.shape).tocsr()
     tp = int((maximum_bipartite_matching(graph, perm_type="column") >= 0).sum())
     return tp, n_seg - tp, n_mask - tp
 
@@ -1101,9 +1102,9 @@ def main(argv=None):
     except OSError as error:
         message, status = f"{error.strerror or error} ({error.filename or args.out}); make room, or give another --out", 2
     except KeyboardInterrupt as stop:
-        message, status = "stopped", stop.args[0] if stop.args else 130
-        if args and args.out and (args.out / "last.pt").exists():
-            message += "; the same command with --resume goes on after the last whole epoch"
+        resumable = args and args.out and (args.out / "last.pt").exists()
+        hint = "the same command with --resume goes on after the last whole epoch" if resumable else "nothing to resume yet"
+        message, status = f"stopped; {hint}", stop.args[0] if stop.args else 130
     finally:
         if in_main_thread:
             signal.signal(signal.SIGTERM, previous)
