@@ -2,6 +2,7 @@
 
 They make their own images, need no network and write to temporary folders only.
 """
+import contextlib
 import csv
 import hashlib
 import http.server
@@ -26,6 +27,7 @@ from scipy.optimize import linear_sum_assignment
 import unet_nuclei as un
 
 SCRIPT = Path(un.__file__)
+SMALL = ["--data", "data", "--width", "2", "--epochs", "1"]  # of write_data
 TINY = ["--data", "synthetic", "--width", "2", "--epochs", "1", "--batch-size", "10"]
 
 
@@ -533,17 +535,19 @@ def same_run(a, b):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, workers):
-    words = ["--boundary", "--workers", workers, *TINY, "--epochs", "4"]
+    write_data(tmp_path / "data", train=6)
+    words = ["--boundary", "--workers", workers, *SMALL, "--epochs", "6"]
     assert run(*words, "--out", "whole", cwd=tmp_path)[0] == 0
     rng = random.Random(workers)
     for _ in range(int(os.environ.get("KILLS", "2"))):  # at random moments: within an epoch, a checkpoint, the test
         command = [sys.executable, SCRIPT, *map(str, words), "--out", "cut", *again(tmp_path / "cut")]
-        process = subprocess.Popen(command, cwd=tmp_path)
-        until(lambda: (tmp_path / "cut/data.png").exists())
-        time.sleep(rng.uniform(0, 3))
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(rng.uniform(3, 7))
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert run(*words, "--out", "cut", *again(tmp_path / "cut"), cwd=tmp_path)[0] == 0
+    status, _, err = run(*words, "--out", "cut", *again(tmp_path / "cut"), cwd=tmp_path)
+    assert status == 0, err
     same_run(tmp_path / "whole", tmp_path / "cut")
 
 
@@ -571,7 +575,8 @@ def test_a_kill_while_writing_leaves_the_last_checkpoint(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopping_says_how_to_resume(tmp_path, number, status):
-    words = [sys.executable, SCRIPT, "--boundary", *TINY, "--epochs", "1000", "--out", "out"]
+    write_data(tmp_path / "data")
+    words = [sys.executable, SCRIPT, "--boundary", *SMALL, "--epochs", "1000", "--out", "out"]
     process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     until(lambda: (tmp_path / "out/last.pt").exists())
     process.send_signal(number)
@@ -579,9 +584,10 @@ def test_stopping_says_how_to_resume(tmp_path, number, status):
     assert process.returncode == status and len(err.splitlines()) == 1 and "--resume" in err
 
 
-def test_a_new_run_keeps_the_earlier_one(trained, tmp_path):
+def test_a_new_run_keeps_the_earlier_one(tmp_path):
+    write_data(tmp_path / "data")
     for _ in range(2):
-        status, out, _ = run("--boundary", *TINY, "--out", "out", cwd=tmp_path)
+        status, out, _ = run("--boundary", *SMALL, "--out", "out", cwd=tmp_path)
         assert status == 0
     assert "earlier-1" in out and (tmp_path / "out/earlier-1/model.pt").exists()
     same_run(tmp_path / "out", tmp_path / "out/earlier-1")  # two runs of one command are the same
@@ -621,7 +627,8 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path, monkey
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    status, _, err = run(*TINY, "--epochs", "5", "--lr", "1e30", "--out", "out", cwd=tmp_path)
+    write_data(tmp_path / "data")
+    status, _, err = run(*SMALL, "--epochs", "5", "--lr", "1e30", "--out", "out", cwd=tmp_path)
     assert status == 2 and "epoch" in err and "--lr" in err and len(err.splitlines()) == 1
     if (tmp_path / "out/last.pt").exists():
         assert all(v.isfinite().all() for v in un.load_checkpoint(tmp_path / "out/last.pt", ["model"])["model"].values())
