@@ -902,6 +902,9 @@ def peak_memory(code):
 def bench():
     """Print the README's ratios, each against a reference of a few lines, measured in this one run."""
     print(f"{os.cpu_count()} cores, torch {torch.__version__}, computing in {un.choose_device('cpu', 'auto')[1]}")
+    # first, while this process is small: a child's peak starts from its parent's
+    slow, fast = peak_memory("notebook_steps(64, 1)"), peak_memory("script_steps(64, 4)")
+    print(f"width 64 peak memory: notebook {slow:.2f}, script {fast:.2f} GiB, ratio {fast / slow:.2f}", flush=True)
     for width, n in ((64, 8), (16, 64)):
         notebook, script = notebook_steps(width, n), script_steps(width, n)
         for name, slow, fast in zip(("training", "prediction"), notebook, script, strict=True):
@@ -910,8 +913,6 @@ def bench():
     for width, n in ((64, 8), (16, 64)):
         bare, whole = script_steps(width, n)[0], script_steps(width, n, real=True)[0]
         print(f"width {width}: data pipeline takes {max(0, 1 - bare / whole):.1%} of the training loop", flush=True)
-    slow, fast = peak_memory("notebook_steps(64, 2)"), peak_memory("script_steps(64, 8)")
-    print(f"width 64 peak memory: notebook {slow:.2f}, script {fast:.2f} GiB, ratio {fast / slow:.2f}", flush=True)
     for size, side in ((5000, 1500), (20_000, 8192)):
         grid = np.arange(side) * int(size**0.5) // side
         mask = (grid[:, None] * int(size**0.5) + grid + 1).astype(np.int32)
