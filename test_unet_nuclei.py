@@ -289,6 +289,31 @@ def test_keep_sure_drops_the_small_and_the_doubtful():
     assert np.array_equal(kept, np.array([0, 1, 0, 0, 2])[instances])
 
 
+# ---------------------------------------------------------------- training
+def test_orthogonalize_levels_the_singular_values():
+    torch.manual_seed(0)
+    matrix = torch.randn(16, 144) * torch.logspace(0, -1, 16)[:, None]
+    values = torch.linalg.svdvals(un.orthogonalize(matrix))
+    assert 0.6 < values.min() and values.max() < 1.2
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    assert torch.linalg.matrix_norm(un.orthogonalize(matrix) - left @ right, 2) < 0.4
+    assert not un.orthogonalize(torch.zeros(4, 9)).any()
+
+
+def test_muon_moves_every_weight_and_hidden_kernels_by_its_rate():
+    torch.manual_seed(0)
+    model = un.UNet(1, 3, 4)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = un.Muon(model, 0.1)
+    model(torch.randn(2, 1, 32, 32)).square().mean().backward()
+    optimizer.step()
+    change = {name: p.detach() - before[name] for name, p in model.named_parameters()}
+    assert all(step.abs().max() > 0 for name, step in change.items() if "bias" not in name)
+    values = torch.linalg.svdvals(change["encoder.2.3.weight"].flatten(1)) / 0.1
+    assert 0.5 < values.min() and values.max() < 1.2
+    assert change["out.weight"].abs().max() == pytest.approx(0.015, rel=0.01)  # Adam's first step is its rate
+
+
 # ---------------------------------------------------------------- prediction
 @pytest.mark.parametrize("shape", [(1, 40), (40, 1), (17, 300), (16, 16), (1, 1), (33, 47), (256, 256)])
 @pytest.mark.parametrize("channels", [1, 3])
@@ -305,6 +330,33 @@ def test_tiles_agree_with_the_whole_image():
     model, image = un.UNet(1, 3, 4), np.random.default_rng(1).normal(size=(700, 530)).astype(np.float32)
     whole = un.predict(model, image, tile=1024)
     assert np.abs(un.predict(model, image, tile=160) - whole).max() < 1e-4
+
+
+@pytest.mark.parametrize("factor", [0.5, 2])
+def test_tiles_agree_at_another_size(factor):
+    torch.manual_seed(0)
+    model, image = un.UNet(1, 3, 2), np.random.default_rng(1).normal(size=(1000, 701)).astype(np.float32)
+    whole = un.predict(model, image, tile=1024, factor=factor)
+    assert whole.shape == (3, *image.shape) and np.allclose(whole.sum(0), 1, atol=1e-5)
+    assert np.abs(un.predict(model, image, tile=320, factor=factor) - whole)[:, :600].max() < 1e-4
+
+
+def test_typical_size_hardly_minds_crumbs():
+    assert un.typical_size(np.zeros((9, 9), int)) == 0
+    crumbs = [(30, 2 * i, 1, 1) for i in range(15)]
+    assert un.typical_size(squares((0, 0, 10, 10), (0, 15, 10, 10), *crumbs)) == 10
+
+
+@pytest.mark.parametrize("side, factor", [(8, 2), (20, None), (70, 0.5)])
+def test_a_second_look_where_nuclei_are_of_unusual_size(monkeypatch, side, factor):
+    mask = squares((5, 5, side, side), (5, 100, side, side), shape=(200, 200))
+    first, second = (un.depth_target(m).numpy() for m in (mask, mask * (mask < 2)))
+    looks = []
+    model = un.build_model({"boundary": True, "width": 1, "smallest": 5}, "cpu", torch.float32)
+    monkeypatch.setattr(un, "predict", lambda model, image, factor: looks.append(factor) or second)
+    instances, probabilities = un.decode_at_best_size(model, mask * 1.0, first)
+    assert looks == [factor] * (factor is not None) and instances.max() == 2 - len(looks)
+    assert probabilities is (second if looks else first)
 
 
 def test_the_margin_covers_the_receptive_field():
@@ -880,7 +932,7 @@ def script_steps(width, n, batch=4, real=False):
     """The script's own loop on n crops, of one fixed batch or drawn from images. Seconds a crop to train, to predict."""
     device, precision = un.choose_device("cpu", "auto")
     model = un.build_model({"boundary": True, "width": width}, device, precision)
-    optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
+    optimizer = un.Muon(model, 1e-3)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     samples = un.synthetic(0)[0][:20]
     images, masks = [un.rescale(s.image) for s in samples], [s.mask for s in samples]
