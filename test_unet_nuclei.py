@@ -311,7 +311,7 @@ def test_muon_moves_every_weight_and_hidden_kernels_by_its_rate():
     assert all(step.abs().max() > 0 for name, step in change.items() if "bias" not in name)
     values = torch.linalg.svdvals(change["encoder.2.3.weight"].flatten(1)) / 0.1
     assert 0.5 < values.min() and values.max() < 1.2
-    assert change["out.weight"].abs().max() == pytest.approx(0.015, rel=0.01)  # Adam's first step is its rate
+    assert change["out.weight"].abs().max() == pytest.approx(0.006, rel=0.01)  # Adam's first step is its rate
 
 
 # ---------------------------------------------------------------- prediction
