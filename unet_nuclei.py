@@ -554,7 +554,8 @@ def predict(model, image, tile=TILE, margin=MARGIN, factor=1):
     device, training = next(model.parameters()).device, model.training
 
     def resize(x, shape):
-        return x if x.shape[1:] == shape else F.interpolate(x[None], size=shape, mode="bilinear", antialias=x.shape[1:] > shape)[0]
+        smaller = x.shape[1:] > shape
+        return x if x.shape[1:] == shape else F.interpolate(x[None], size=shape, mode="bilinear", antialias=smaller)[0]
 
     def probabilities(part):
         shape = tuple(max(1, round(size * factor)) for size in part.shape)
@@ -675,8 +676,10 @@ class Muon(torch.optim.Adam):
     @torch.no_grad()
     def step(self):
         for kernel in self.param_groups[0]["params"]:
-            momentum = self.state[kernel].setdefault("momentum", torch.zeros_like(kernel))
-            momentum.lerp_(kernel.grad, 0.05)
+            state = self.state[kernel]
+            if not state:  # under Adam's own names, so that its loading of a checkpoint finds what it looks for
+                state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(kernel))
+            momentum = state["exp_avg"].lerp_(kernel.grad, 0.05)
             update = orthogonalize(kernel.grad.lerp(momentum, 0.95).flatten(1))
             kernel.sub_(update.view_as(kernel), alpha=self.param_groups[0]["lr"])
             kernel.grad = None  # which Adam passes over
