@@ -290,13 +290,14 @@ def test_keep_sure_drops_the_small_and_the_doubtful():
 
 
 # ---------------------------------------------------------------- training
-def test_orthogonalize_levels_the_singular_values():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_orthogonalize_levels_the_singular_values(dtype):
     torch.manual_seed(0)
     matrix = torch.randn(16, 144) * torch.logspace(0, -1, 16)[:, None]
-    values = torch.linalg.svdvals(un.orthogonalize(matrix))
+    values = torch.linalg.svdvals(un.orthogonalize(matrix, dtype))
     assert 0.6 < values.min() and values.max() < 1.2
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    assert torch.linalg.matrix_norm(un.orthogonalize(matrix) - left @ right, 2) < 0.4
+    assert torch.linalg.matrix_norm(un.orthogonalize(matrix, dtype) - left @ right, 2) < 0.4
     assert not un.orthogonalize(torch.zeros(4, 9)).any()
 
 
@@ -932,7 +933,7 @@ def script_steps(width, n, batch=4, real=False):
     """The script's own loop on n crops, of one fixed batch or drawn from images. Seconds a crop to train, to predict."""
     device, precision = un.choose_device("cpu", "auto")
     model = un.build_model({"boundary": True, "width": width}, device, precision)
-    optimizer = un.Muon(model, 1e-3)
+    optimizer = un.Muon(model, 1e-3, precision)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     samples = un.synthetic(0)[0][:20]
     images, masks = [un.rescale(s.image) for s in samples], [s.mask for s in samples]
