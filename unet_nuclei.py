@@ -817,6 +817,8 @@ def run_training(args, samples, checksum, device, precision):
     for seed in (torch.manual_seed, np.random.seed, random.seed):
         seed(args.seed + RANK)  # each rank has crops of its own; DistributedDataParallel starts all from rank 0's weights
     model = network = build_model(settings, device, precision)
+    size = sum(p.numel() for p in model.parameters())
+    say(f"network: U-Net of width {args.width} with {model.out.out_channels} output channel(s), {size:,} parameters")
     if WORLD_SIZE > 1:
         network = nn.parallel.DistributedDataParallel(model)
     make_target = depth_target if args.boundary else separated_target
@@ -962,28 +964,23 @@ def samples_picture(model, samples, f1):
 
 def curves_picture(history):
     """PNG of losses and scores against epoch."""
-    canvas = Image.new("RGB", (980, 400), "white")
-    draw, epochs, (width, height, top) = ImageDraw.Draw(canvas), [row["epoch"] for row in history], (400, 300, 40)
-    colors = ("steelblue", "darkorange", "seagreen")
+    canvas, width, height, top = Image.new("RGB", (980, 400), "white"), 400, 300, 40
+    draw, epochs = ImageDraw.Draw(canvas), np.array([row["epoch"] for row in history])
     for left, names in (60, ("train_loss", "val_loss")), (540, ("train_dice", "val_dice", "val_f1")):
-        values = [row[name] for row in history for name in names]
-        low, high = (0, max(values) * 1.05 or 1) if left == 60 else (min(0.5, *values), 1)
-
-        def point(epoch, value, left=left, low=low, high=high):
-            x = (epoch - epochs[0]) / max(1, epochs[-1] - epochs[0])
-            return left + x * width, top + height * (1 - (value - low) / (high - low))
-
+        values = np.array([[row[name] for row in history] for name in names])
+        low, high = (0, values.max() * 1.05 or 1) if left == 60 else (min(0.5, values.min()), 1)
+        x = left + width * (epochs - epochs[0]) / max(1, epochs[-1] - epochs[0])
         draw.rectangle((left, top, left + width, top + height), outline="black")
         draw.text((left + width / 2 - 15, top + height + 30), "epoch", fill="black")
-        for tick in np.linspace(low, high, 6):
-            draw.text((left - 38, point(epochs[0], tick)[1] - 6), f"{tick:.2f}", fill="black")
-        for epoch in sorted({epochs[i] for i in np.linspace(0, len(epochs) - 1, 10).astype(int)}):
-            draw.text((point(epoch, low)[0] - 4, top + height + 8), str(epoch), fill="black")
-        for i, (name, color) in enumerate(zip(names, colors)):
-            points = [point(row["epoch"], row[name]) for row in history]
+        for tick in np.linspace(0, 1, 6):
+            draw.text((left - 38, top + height * (1 - tick) - 6), f"{low + tick * (high - low):.2f}", fill="black")
+        for i in sorted({*np.linspace(0, len(epochs) - 1, 10).astype(int)}):
+            draw.text((x[i] - 4, top + height + 8), str(epochs[i]), fill="black")
+        for i, (name, color) in enumerate(zip(names, ("steelblue", "darkorange", "seagreen"))):
+            points = list(zip(x.tolist(), (top + height * (high - values[i]) / (high - low)).tolist()))
             draw.line(points, fill=color, width=2)
-            for x, y in points:
-                draw.ellipse((x - 3, y - 3, x + 3, y + 3), fill=color)
+            for px, py in points:
+                draw.ellipse((px - 3, py - 3, px + 3, py + 3), fill=color)
             draw.text((left + 120 * i, top - 20), f"- {name}", fill=color)
     return iio.imwrite("<bytes>", np.asarray(canvas), extension=".png")
 
@@ -1095,8 +1092,8 @@ def run(args):
         if args.width not in (None, model.settings["width"]):
             raise UserError(f"--width is {args.width}, but {model.settings['width']} in {args.checkpoint}; leave --width out")
         args.boundary, args.width = model.settings["boundary"], model.settings["width"]
-    args.width, kind = args.width or 64, "boundary" if args.boundary else "foreground"
-    args.out = args.out or Path("runs", kind)
+    args.width = args.width or 64
+    args.out = args.out or Path("runs", "boundary" if args.boundary else "foreground")
     if args.predict:
         return predict_files(model, args.predict, args.out)
 
@@ -1114,8 +1111,6 @@ def run(args):
         shapes, nuclei = [sample.image.shape for sample in samples], sum(len(np.unique(s.mask)) - 1 for s in samples)
         say(f"data: {len(samples)} {name} images of {min(shapes)} to {max(shapes)} pixels with {nuclei} nuclei")
     say(f"device: {device}, computing in {str(precision).split('.')[1]}, {WORLD_SIZE} process(es)")
-    channels, network = [args.width << level for level in range(5)], UNet(1, 3 if args.boundary else 1, args.width)
-    say(f"network: {kind} U-Net of {channels} channels, {sum(p.numel() for p in network.parameters()):,} parameters")
     history = []
     if args.epochs:
         history = run_training(args, train, checksum.hexdigest(), device, precision)
