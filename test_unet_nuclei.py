@@ -658,6 +658,17 @@ def test_resume_refuses_other_settings_and_takes_more_epochs(trained, tmp_path):
     assert [row["epoch"] for row in csv.DictReader((out / "history.csv").open())] == ["1", "2"]
 
 
+def test_resume_refuses_the_optimizer_of_another_version(trained, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    state = torch.load(trained["boundary"][0] / "last.pt", weights_only=True)
+    state["optimizer"]["param_groups"].pop()
+    torch.save(state, out / "last.pt")
+    status, _, err = run("--boundary", *TINY, "--out", "out", "--resume", cwd=tmp_path)
+    one_line(status, err, "another version")
+    assert os.listdir(out) == ["last.pt"]
+
+
 def test_a_full_disk_ends_with_one_line_and_the_last_checkpoint(tmp_path):
     """A file system of its own where the machine lets us mount one, else a limit on the size of files."""
     out = tmp_path / "out"

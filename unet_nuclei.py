@@ -850,8 +850,11 @@ def run_training(args, samples, checksum, device, precision):
         history, best = state["history"], state["best"]
         if len(history) > args.epochs:
             raise UserError(f"--resume: --epochs is {args.epochs}, but {last} has {len(history)} behind it; give no fewer")
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+        except (KeyError, TypeError, ValueError, RuntimeError):
+            raise UserError(f"--resume: {last} was written by another version of this script; start anew without it") from None
         if RANK == 0:
             random_states(state["random"])
     elif RANK == 0:
