@@ -300,6 +300,7 @@ def test_orthogonalize_levels_the_singular_values(decades):
     assert (result - result.diag().diag()).abs().max() < 1e-2
     levelled = result.diag()
     assert levelled.max() < 1.25 and levelled[values > 0.1].min() > 0.6
+    assert (levelled > 5 * values)[values < 0.1].all()  # the small are lifted
     assert not un.orthogonalize(torch.zeros(4, 9)).any()
 
 
