@@ -22,6 +22,7 @@ from pathlib import Path
 import imageio.v3 as iio
 import numpy as np
 import pytest
+import scipy
 import torch
 from scipy.optimize import linear_sum_assignment
 
@@ -1021,5 +1022,32 @@ def bench():
             print(f"match_counts of {mask.max()} objects: dense {slow:.2f} s, script {fast:.2f} s, ratio {slow / fast:.1f}")
 
 
-if __name__ == "__main__" and sys.argv[1:] == ["bench"]:
-    bench()
+# ---------------------------------------------------------------- the README's table of limits
+def limits(checkpoint, data):
+    """Print the scores of a model on the validation images of `data` as they are and changed in known ways."""
+    rng, blur = np.random.default_rng(0), scipy.ndimage.gaussian_filter
+
+    def photons(n):
+        return lambda image: rng.poisson(np.clip(image / np.percentile(image, 99.8), 0, 4) * n + 2)
+
+    def sized(factor, image, mask):  # of what is magnified, a corner, for the time
+        image, mask = (a[: 900 // factor, : 900 // factor] if factor > 1 else a for a in (image, mask))
+        shape = tuple(int(side * factor) for side in image.shape)
+        return un.resize(image.astype(np.float32), shape), un.resize(mask, shape)
+
+    changes = {"as they are": lambda image: image, "16 bit, x257": lambda image: image.astype(np.uint16) * 257,
+               "ten times dimmer, rounded": lambda image: (image / 10).round().astype(np.uint8),
+               "photon noise, 50 at the brightest": photons(50), "photon noise, 12 at the brightest": photons(12),
+               "gamma 1.8": lambda image: (image / image.max()) ** 1.8,
+               "blur, sigma 2": lambda image: blur(image.astype(np.float32), 2)}
+    changes = {name: lambda image, mask, f=f: (f(image), mask) for name, f in changes.items()}
+    for name, factor in ("halved", 0.5), ("magnified 2x", 2), ("magnified 3x", 3):
+        changes[name] = lambda image, mask, factor=factor: sized(factor, image, mask)
+    model, samples = un.load_model(checkpoint, *un.choose_device("cpu", "auto")), un.load_data(data)[0][19::20]
+    for name, change in changes.items():
+        scores, _ = un.evaluate(model, [un.Sample(s.name, *change(s.image, s.mask)) for s in samples])
+        print(f"| {name} | " + " | ".join(f"{scores[key]:.3f}" for key in ("f1@0.5", "ap@0.5", "ap@0.5:0.95")) + " |", flush=True)
+
+
+if __name__ == "__main__" and sys.argv[1:]:
+    {"bench": bench, "limits": limits}[sys.argv[1]](*sys.argv[2:])
