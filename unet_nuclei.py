@@ -64,7 +64,9 @@ NUCLEUS_WEIGHT = 4.0  # of nuclei against background in the loss: with 4 for 1, 
 NUCLEUS = 0.8  # nucleus probability from which a pixel belongs to one; undoes the weight: 4 / (4 + 1)
 SURE = 0.9  # mean nucleus probability of an object that is kept; with 0.85 or 0.92 AP falls by 0.009 and 0.004
 SMOOTH, SUMMIT = 1.0, 0.1  # sigma in pixels, and the rise that makes a marker; with 0.07 AP falls by 0.007, 0.15 does alike
-SMALL, LARGE = 20, 30  # typical sizes of nuclei in pixels to which images of smaller and of larger nuclei are resized
+# Typical sizes of nuclei in pixels to which images of smaller and of larger nuclei are resized for a second look. AP with it
+# 0.841, without 0.824; magnified three times 0.77 and 0.75. With 14 and 50, 16 and 24 for 20, 40 and 50 for 30 AP is lower.
+SMALL, LARGE = 20, 30
 MOST = 2**26  # pixels of an image that is resized: beyond, memory would not do
 CORE = 0.9  # foreground probability of the components of the foreground model, which then grow to 0.5
 THRESHOLDS = tuple(i / 100 for i in range(50, 100, 5))  # IoU thresholds of AP 0.5:0.95
@@ -640,9 +642,12 @@ def segment(model, image):
     size = typical_size(instances)
     factor = np.clip(size, SMALL, LARGE) / size if size else 1
     if abs(factor - 1) > 0.1 and image.size * factor**2 <= MOST:
-        probabilities = predict(model, resize(image, tuple(max(1, round(side * factor)) for side in image.shape)))
-        instances = relabel_sequential(resize(decode(probabilities, smallest * factor**2), image.shape))[0]
-        probabilities = np.stack([resize(channel, image.shape) for channel in probabilities])
+        closer = predict(model, resize(image, tuple(max(1, round(side * factor)) for side in image.shape)))
+        probabilities = np.stack([resize(channel, image.shape) for channel in closer])
+        if factor > 1:  # instances are found where the pixels are finer
+            instances = relabel_sequential(resize(decode(closer, smallest * factor**2), image.shape))[0]
+        else:
+            instances = decode(probabilities, smallest)
     return instances, probabilities
 
 
