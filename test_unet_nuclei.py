@@ -941,7 +941,7 @@ def test_pasted_into_a_notebook(tmp_path):
 
 # ---------------------------------------------------------------- make bench
 def notebook_steps(width, n):
-    """The notebook's loop on n crops: batch 1, float32, channels first, no normalization layers. Seconds a crop."""
+    """The notebook's loop (batch 1, float32, channels first, no normalization): seconds a crop to train, GiB, to predict."""
     model, image, target = un.UNet(1, 1, width, norm=False), torch.randn(1, 1, 256, 256), torch.ones(1, 1, 256, 256)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
 
@@ -951,7 +951,14 @@ def notebook_steps(width, n):
         optimizer.step()
 
     step()
-    return min(clock(step, n) for _ in range(3)), clock(lambda: no_grad(model, image), n)
+    return min(clock(step, n) for _ in range(3)), peak_memory(), clock(lambda: no_grad(model, image), n)
+
+
+def peak_memory():
+    """Of this process so far, in GiB."""
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def no_grad(model, image):
@@ -967,7 +974,7 @@ def clock(function, n):
 
 
 def script_steps(width, n, batch=4):
-    """The script's own loop: seconds a crop to train on one fixed batch, to predict, and to train on crops of images."""
+    """The script's own loop: seconds a crop to train on images, GiB, seconds to predict, and to train on one fixed batch."""
     device, precision = un.choose_device("cpu", "auto")
     settings = {"boundary": True, "width": width, "normalization": {}, "smallest": 0}
     model = un.build_model(settings, device, precision)
@@ -983,15 +990,16 @@ def script_steps(width, n, batch=4):
     un.train_epoch(model, fixed[:1], optimizer, schedule, scaler)
     bare, real = np.min([[clock(lambda crops=crops: un.train_epoch(model, crops, optimizer, schedule, scaler), 1) / n
                           for crops in (fixed, loader)] for _ in range(3)], axis=0)  # in turns, the least of three
+    memory = peak_memory()
     with tempfile.TemporaryDirectory() as folder:
         un.save_checkpoint(Path(folder, "model.pt"), {"settings": settings, "model": model.state_dict()})
         model = un.load_model(Path(folder, "model.pt"), device, precision)
-    return bare, clock(lambda: un.predict(model, images[0]), n), real
+    return real, memory, clock(lambda: un.predict(model, images[0]), n), bare
 
 
 def in_a_process(code):
-    """What a function returns, in a process of its own, with that process's peak memory in GiB after it."""
-    code = f"import resource, test_unet_nuclei as t; print(*t.{code}, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)"
+    """The numbers that a function returns in a process of its own, whose peak memory is its own."""
+    code = f"import test_unet_nuclei as t; print(*t.{code})"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=SCRIPT.parent)
     return [float(word) for word in output.stdout.split()]
 
@@ -1000,14 +1008,13 @@ def bench():
     """Print the README's ratios, each against a reference of a few lines, measured in this one run."""
     print(f"{os.cpu_count()} cores, torch {torch.__version__}, computing in {un.choose_device('cpu', 'auto')[1]}")
     for width, n in ((64, 8), (16, 32)):
-        train, predict, notebook_memory = in_a_process(f"notebook_steps({width}, {n})")
-        bare, predicting, real, memory = in_a_process(f"script_steps({width}, {n})")
-        for name, slow, fast in ("training", train, real), ("prediction", predict, predicting):
+        notebook, (*script, bare) = in_a_process(f"notebook_steps({width}, {n})"), in_a_process(f"script_steps({width}, {n})")
+        for what, slow, fast in ("training", notebook[0], script[0]), ("prediction", notebook[2], script[2]):
             rates = f"notebook {1 / slow:.2f}, script {1 / fast:.2f} images/s, ratio {slow / fast:.2f}"
-            print(f"width {width} {name}: {rates}", flush=True)
-        print(f"width {width} peak memory: notebook {notebook_memory:.2f}, script {memory:.2f} GiB, "
-              f"ratio {memory / notebook_memory:.2f}", flush=True)
-        print(f"width {width}: data pipeline takes {max(0, 1 - bare / real):.1%} of the training loop", flush=True)
+            print(f"width {width} {what}: {rates}", flush=True)
+        sizes = f"notebook {notebook[1]:.2f}, script {script[1]:.2f} GiB, ratio {script[1] / notebook[1]:.2f}"
+        print(f"width {width} peak memory of training: {sizes}", flush=True)
+        print(f"width {width}: data pipeline takes {max(0, 1 - bare / script[0]):.1%} of the training loop", flush=True)
     for size, side in ((5000, 1500), (20_000, 8192)):
         grid = np.arange(side) * int(size**0.5) // side
         mask = (grid[:, None] * int(size**0.5) + grid + 1).astype(np.int32)
