@@ -413,7 +413,7 @@ def test_synthetic_images_repeat_with_the_seed_and_test_images_are_others():
     assert alike(train, again)
     assert not np.array_equal(train[0].image, other[0].image)
     assert not any(np.array_equal(a.image, b.image) for a in train for b in test)
-    touching = np.mean([un.between(s.mask).any() for s in train])
+    touching = np.mean([(un.separated_target(s.mask) != un.foreground_target(s.mask)).any() for s in train])
     assert touching > 0.9 and min(s.mask.max() for s in train) >= 3
 
 
