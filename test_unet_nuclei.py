@@ -843,6 +843,7 @@ INPUTS = [  # name, what is done to a good data folder, a word of the one line (
     ("colour-coded mask", edit("masks", lambda mask: np.stack([mask, mask * 5, mask * 7], -1).astype(np.uint8)), "coloured"),
     ("0/255 mask", edit("masks", two_of_255), "own"),
     ("one training image", lambda root: [f.unlink() for f in root.glob("train/*/[12].tif")], "at least two"),
+    ("a hidden file of macOS", put("train/images/._0.tif", b"hello"), None),
     ("two training images", lambda root: [f.unlink() for f in root.glob("train/*/2.tif")], None),
     ("no test image", lambda root: [f.unlink() for f in root.glob("test/*/*.tif")], "no image"),
     ("read-only, a link, not ASCII", read_only_link, None),

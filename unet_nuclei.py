@@ -96,6 +96,11 @@ def live(text=""):
 
 
 # ---------------------------------------------------------------- reading and writing files
+def image_files(folder):
+    """The image files in a folder by name, without the hidden ones that macOS puts beside them."""
+    return sorted(f for f in folder.iterdir() if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
+
+
 def read_plane(path):
     """An image file as (H, W) in its own dtype, and whether it was gray: colour is averaged, alpha dropped.
 
@@ -159,7 +164,7 @@ def read_split(folder):
     for found, inner in ((images, folder / "images"), (masks, folder / "masks")):
         if not inner.is_dir():
             raise UserError(f"{inner} is missing; --data needs train/ and test/, each with images/ and masks/")
-        found |= {file.stem: file for file in sorted(inner.iterdir()) if file.suffix.lower() in SUFFIXES}
+        found |= {file.stem: file for file in image_files(inner)}
     for stem in sorted(images.keys() ^ masks.keys()):  # in one of the two only
         file, other = (images[stem], "mask") if stem in images else (masks[stem], "image")
         raise UserError(f"{file} has no {other} of the same stem; add it, or take this one out")
@@ -896,7 +901,9 @@ def run_training(args, samples, checksum, device, precision):
 
     if device.type == "cpu":
         keep_memory()
-    workers = args.workers if args.workers is not None else min(4, os.cpu_count()) if device.type == "cuda" else 0
+    workers = args.workers
+    if workers is None:  # elsewhere than on Linux each would import torch anew, and could not in a notebook
+        workers = min(4, os.cpu_count()) if device.type == "cuda" and sys.platform == "linux" else 0
     for epoch in range(len(history) + 1, args.epochs + 1):
         order = torch.randperm(len(crops), generator=torch.Generator().manual_seed(args.seed * 100_003 + epoch))
         loader = torch.utils.data.DataLoader(dataset, args.batch_size, sampler=crops[order][RANK::WORLD_SIZE].tolist(),
@@ -1026,7 +1033,7 @@ def predict_files(model, paths, out):
     """Segment image files, and all images of folders, into out/predictions: a label TIFF and a picture of outlines each."""
     files, counts, bad = {}, [], []
     for path in map(Path, paths):
-        found = sorted(f for f in path.iterdir() if f.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+        found = image_files(path) if path.is_dir() else [path]
         if not found or not found[0].exists():
             raise UserError(f"--predict {path} {'holds no image' if path.is_dir() else 'does not exist'}; give images or folders")
         for file in found:
@@ -1100,7 +1107,7 @@ def parse_arguments(argv):
     add("--resume", action="store_true", help="go on from OUT/last.pt")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     add("--precision", default="auto", choices=("auto", "fp32"), help="auto: the fastest that the device has")
-    add("--workers", type=int, metavar="N", help="loader processes (default: 4 with CUDA, else 0)")
+    add("--workers", type=int, metavar="N", help="loader processes (default: 4 with CUDA on Linux, else 0)")
     add = parser.add_argument_group("output").add_argument
     add("--out", type=Path, metavar="DIR", help="(default: runs/foreground or runs/boundary)")
     args = parser.parse_args(argv)
@@ -1121,6 +1128,7 @@ def run(args):
     if not args.checkpoint and not args.epochs:
         raise UserError("--epochs 0 needs --checkpoint, the model.pt to evaluate")
     device, precision = choose_device(args.device, args.precision)
+    model = None
     if args.checkpoint:
         model = load_model(args.checkpoint, device, precision)
         if args.boundary and not model.settings["boundary"]:
@@ -1132,7 +1140,11 @@ def run(args):
     args.out = args.out or Path("runs", "boundary" if args.boundary else "foreground")
     if args.predict:
         return predict_files(model, args.predict, args.out)
+    return train_and_score(args, model, device, precision)
 
+
+def train_and_score(args, model, device, precision):
+    """Train unless there is a model, score it on the test images, and write metrics.json and the pictures: the metrics."""
     if WORLD_SIZE > 1:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if RANK:
@@ -1144,11 +1156,11 @@ def run(args):
     for name, samples in ("training", train), ("test", test):
         for sample in samples:
             checksum.update(sample.name.encode() + sample.image.tobytes() + sample.mask.tobytes())
-        shapes, nuclei = [sample.image.shape for sample in samples], sum(len(np.unique(s.mask)) - 1 for s in samples)
+        shapes, nuclei = [sample.image.shape for sample in samples], sum(len(np.unique(s.mask[s.mask > 0])) for s in samples)
         say(f"data: {len(samples)} {name} images of {min(shapes)} to {max(shapes)} pixels with {nuclei} nuclei")
     say(f"device: {device}, computing in {str(precision).split('.')[1]}, {WORLD_SIZE} process(es)")
     history = []
-    if args.epochs:
+    if not model:
         history = run_training(args, train, checksum.hexdigest(), device, precision)
         if WORLD_SIZE > 1:
             torch.distributed.destroy_process_group()
