@@ -471,6 +471,12 @@ def test_kaggle_layout_as_folder_as_zip_and_found_by_itself(tmp_path, monkeypatc
         for file in (root / "stage1_train").rglob("*.png"):
             members.write(file, file.relative_to(root / "stage1_train"))
     assert alike(un.load_data(zipped)[0], train)
+    iio.imwrite(root / "stage1_train/id00/masks/1.png", np.zeros((5, 5), np.uint8))
+    with pytest.raises(un.UserError, match="1.png"):
+        un.load_data(root)
+    shutil.rmtree(root / "stage1_train/id00")
+    with pytest.raises(un.UserError, match="at least ten"):
+        un.load_data(root)
 
 
 @pytest.fixture

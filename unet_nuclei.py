@@ -187,9 +187,14 @@ def read_kaggle(folder, all_images=False):
         image, gray = read_plane(file)
         mask = np.zeros(image.shape, np.int32)
         for i, nucleus in enumerate(sorted(file.parents[1].glob("masks/*.png")), 1):
-            mask[read_plane(nucleus)[0] > 0] = i
+            pixels = read_plane(nucleus)[0] > 0
+            if pixels.shape != mask.shape:
+                raise UserError(f"{nucleus} is {pixels.shape}, its image {mask.shape}; fetch the data again")
+            mask[pixels] = i
         if all_images or gray and mask.any() and image[mask > 0].mean() > image[mask == 0].mean():
             kept.append(Sample(file.stem, image, mask))
+    if len(kept) < 10:
+        raise UserError(f"{folder} has {len(kept)} fluorescence images; at least ten are needed, as every tenth is for testing")
     return [sample for i, sample in enumerate(kept) if i % 10 != 9], kept[9::10]
 
 
