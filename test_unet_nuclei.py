@@ -772,6 +772,9 @@ def test_two_processes_train_as_one(tmp_path):
     assert all(np.isfinite(float(v)) for row in csv.DictReader((tmp_path / "out/history.csv").open()) for v in row.values())
     ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert all(torch.equal(a, b) for a, b in zip(*ranks))
+    evaluate = ["--epochs", "0", "--checkpoint", "out/model.pt", "--data", "synthetic", "--out", "again"]
+    done = subprocess.run([sys.executable, *words, SCRIPT, *evaluate], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.count("Mean f1 score") == 1, done.stderr
 
 
 # ---------------------------------------------------------------- bad input

@@ -1143,6 +1143,8 @@ def run(args):
         args.boundary, args.width = model.settings["boundary"], model.settings["width"]
     args.width = args.width or 64
     args.out = args.out or Path("runs", "boundary" if args.boundary else "foreground")
+    if RANK and model:
+        return {}  # one process is enough to predict and to evaluate
     if args.predict:
         return predict_files(model, args.predict, args.out)
     return train_and_score(args, model, device, precision)
@@ -1150,12 +1152,13 @@ def run(args):
 
 def train_and_score(args, model, device, precision):
     """Train unless there is a model, score it on the test images, and write metrics.json and the pictures: the metrics."""
-    if WORLD_SIZE > 1:
+    parallel = WORLD_SIZE > 1 and not model
+    if parallel:
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if RANK:
             torch.distributed.barrier()  # rank 0 downloads, the others wait
     train, test = load_data(args.data, args.seed, args.all_images)
-    if WORLD_SIZE > 1 and RANK == 0:
+    if parallel and RANK == 0:
         torch.distributed.barrier()
     checksum = hashlib.sha256()
     for name, samples in ("training", train), ("test", test):
@@ -1167,7 +1170,7 @@ def train_and_score(args, model, device, precision):
     history = []
     if not model:
         history = run_training(args, train, checksum.hexdigest(), device, precision)
-        if WORLD_SIZE > 1:
+        if parallel:
             torch.distributed.destroy_process_group()
         if RANK:
             return {}
