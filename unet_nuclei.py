@@ -194,7 +194,7 @@ def read_kaggle(folder, all_images=False):
         if all_images or gray and mask.any() and image[mask > 0].mean() > image[mask == 0].mean():
             kept.append(Sample(file.stem, image, mask))
     if len(kept) < 10:
-        raise UserError(f"{folder} has {len(kept)} fluorescence images; at least ten are needed, as every tenth is for testing")
+        raise UserError(f"{folder} has {len(kept)} images to use; at least ten are needed, as every tenth is for testing")
     return [sample for i, sample in enumerate(kept) if i % 10 != 9], kept[9::10]
 
 
