@@ -232,7 +232,7 @@ def test_match_counts(name, seg, mask, expected):
 
 
 def test_iou_of_exactly_the_threshold_counts_at_all_thresholds():
-    for threshold in un.THRESHOLDS:
+    for threshold in un.IOU_THRESHOLDS:
         n = round(threshold * 20)
         assert un.match_counts(squares((0, 0, 1, n)), squares((0, 0, 1, 20)), threshold) == (1, 0, 0)
         assert un.match_counts(squares((0, 0, 1, n - 1)), squares((0, 0, 1, 20)), threshold) == (0, 1, 1)
@@ -370,7 +370,8 @@ def test_a_second_look_where_nuclei_are_of_unusual_size(monkeypatch, side, secon
         return un.depth_target(un.resize(mask * (mask <= 3 - len(looks)), image.shape)).numpy()
 
     monkeypatch.setattr(un, "predict", predict)
-    settings = {"boundary": True, "width": 1, "smallest": 5, "normalization": {"mean": 0, "std": 1}}
+    thresholds = un.BOUNDARY_THRESHOLDS | {"smallest": 5}
+    settings = {"boundary": True, "width": 1, "thresholds": thresholds, "normalization": {"mean": 0, "std": 1}}
     instances, probabilities = un.segment(un.build_model(settings, "cpu", torch.float32), mask * 1.0)
     assert looks == [(200, 200)] + [(second, second)] * (second is not None)
     assert un.match_counts(instances, mask * (mask <= 3 - len(looks)), 0.9) == (3 - len(looks), 0, 0)
@@ -404,7 +405,7 @@ def test_the_margin_covers_the_receptive_field():
 def test_markers_do_not_depend_on_tiles():
     depth = un.depth_target(un.draw_nuclei(np.random.default_rng(5), 400)[1])[1].numpy()
     depth += 0.05 * np.random.default_rng(0).standard_normal(depth.shape).astype(np.float32)
-    assert np.array_equal(un.summits(depth, tile=96), un.summits(depth))
+    assert np.array_equal(un.summits(depth, 0.12, tile=96), un.summits(depth, 0.12))
 
 
 # ---------------------------------------------------------------- data
@@ -986,7 +987,7 @@ def clock(function, n):
 def script_steps(width, n, batch=4):
     """The script's own loop: seconds a crop to train on images, GiB, seconds to predict, and to train on one fixed batch."""
     device, precision = un.choose_device("cpu", "auto")
-    settings = {"boundary": True, "width": width, "normalization": {}, "smallest": 0}
+    settings = {"boundary": True, "width": width}
     model = un.build_model(settings, device, precision)
     un.keep_memory()
     optimizer = un.Muon(model, 1e-3)
@@ -1066,5 +1067,67 @@ def limits(checkpoint, data):
         print(f"| {name} | " + " | ".join(f"{scores[key]:.3f}" for key in ("f1@0.5", "ap@0.5", "ap@0.5:0.95")) + " |", flush=True)
 
 
+# ---------------------------------------------------------------- the README's table of what each part gives
+def hard_target(mask):
+    return torch.nn.functional.one_hot(un.boundary_target(mask), 3).permute(2, 0, 1).float()
+
+
+def turned(image, mask):
+    """Flips and right angles alone."""
+    turns, flip = divmod(int(torch.randint(8, ())), 2)
+    return tuple(np.ascontiguousarray(np.rot90(array, turns)[:, :: 1 - 2 * flip]) for array in (image, mask))
+
+
+def adam(model, lr):
+    return torch.optim.Adam(model.parameters(), 0.06 * lr)
+
+
+# of a network that learns without the weight, p / (1 - p) is a quarter: 0.9 becomes 0.69
+UNWEIGHTED = un.BOUNDARY_THRESHOLDS | {"nucleus": 0.5, "object": 0.69}
+WITHOUT = {  # names of the script and what they are replaced by, for training and scoring
+    "the script as it is": {},
+    "Adam for all weights, in place of Muon": {"Muon": adam},
+    "hard classes, in place of the depth": {"depth_target": hard_target},
+    "nuclei weighted 1, in place of 4": {"NUCLEUS_WEIGHT": 1.0, "BOUNDARY_THRESHOLDS": UNWEIGHTED},
+    "flips and turns only, for augmentation": {"augment": turned},
+    "gray levels / 255, in place of percentiles": {"rescale": lambda image: np.asarray(image, np.float32) / 255},
+}
+WITHOUT_AT_PREDICTION = {  # the same for scoring the script's own network
+    "no second look": {"SMALL": 0, "LARGE": np.inf},
+    "markers: foreground above 0.5, in place of summits": {"summits": lambda depth, rise: depth > 0.5},
+}
+
+
+def ablation(data, width="16", epochs="2"):
+    """Print scores of networks trained without one part of the script, seed 0 / seed 1, on validation and test images."""
+    train, test = un.load_data(data)
+    keys = ("f1@0.5", "ap@0.5", "ap@0.5:0.95")
+    print("| | validation F1 | AP | AP 0.5:0.95 | test F1 | AP | AP 0.5:0.95 |\n" + "| --- " * 7 + "|")
+    for name, parts in WITHOUT.items():
+        rows = {name: {}} if parts else {name: {}, **WITHOUT_AT_PREDICTION}
+        scores = {row: [] for row in rows}
+        for seed in "01":
+            with tempfile.TemporaryDirectory() as out, replaced(parts):
+                words = ["--boundary", "--data", data, "--width", width, "--epochs", epochs, "--seed", seed, "--out", out]
+                with contextlib.redirect_stdout(sys.stderr):
+                    un.main(words)
+                model = un.load_model(Path(out, "model.pt"), *un.choose_device("cpu", "auto"))
+                for row, more in rows.items():
+                    with replaced(more):
+                        both = [un.evaluate(model, samples)[0] for samples in (train[19::20], test)]
+                    scores[row].append([f"{score[key]:.3f}" for score in both for key in keys])
+        for row, seeds in scores.items():
+            print(f"| {row} | " + " | ".join(map(" / ".join, zip(*seeds))) + " |", flush=True)
+
+
+@contextlib.contextmanager
+def replaced(parts):
+    """The script with some of its names replaced."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, instead in parts.items():
+            patch.setattr(un, name, instead)
+        yield
+
+
 if __name__ == "__main__" and sys.argv[1:]:
-    {"bench": bench, "limits": limits}[sys.argv[1]](*sys.argv[2:])
+    {"bench": bench, "limits": limits, "ablation": ablation}[sys.argv[1]](*sys.argv[2:])

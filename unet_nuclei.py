@@ -61,17 +61,17 @@ CROP = 256  # side of a training crop in pixels
 TILE, MARGIN = 1536, 128  # of a large image; the receptive field reaches 103 pixels to each side (tested)
 # Tuned at width 16 on training images held out for it; AP is at IoU 0.5:
 NUCLEUS_WEIGHT = 4.0  # of nuclei against background in the loss: with 4 for 1, AP of dimmed images 0.67 for 0.48
-NUCLEUS = 0.8  # nucleus probability from which a pixel belongs to one; undoes the weight: 4 / (4 + 1)
-SURE = 0.9  # mean nucleus probability of an object that is kept; with 0.85 or 0.92 AP falls by 0.009 and 0.004
-# Sigma in pixels, and the rise that makes a marker. AP of two networks at a rise of 0.10: 0.843 and 0.836, at 0.12: 0.846 and
-# 0.836, at 0.15: 0.848 and 0.835; AP 0.5:0.95 0.573 and 0.569, 0.577 and 0.572, 0.579 and 0.571.
-SMOOTH, SUMMIT = 1.0, 0.12
+# Of pixels that belong to a nucleus, and of the mean over an object that is kept, the nucleus probability; the boundary model's
+# 0.8 undoes the weight: 4 / (4 + 1). With 0.85 or 0.92 for its 0.9, AP falls by 0.009 and 0.004. A marker's rise: AP of two
+# networks at 0.10 is 0.843 and 0.836, at 0.12 0.846 and 0.836, at 0.15 0.848 and 0.835; AP 0.5:0.95 0.573 and 0.569, 0.577
+# and 0.572, 0.579 and 0.571. The foreground model's components are those of its core, which then grow.
+BOUNDARY_THRESHOLDS = {"nucleus": 0.8, "object": 0.9, "rise": 0.12}
+FOREGROUND_THRESHOLDS = {"nucleus": 0.5, "object": 0.5, "core": 0.9}
 # Typical sizes of nuclei in pixels to which images of smaller and of larger nuclei are resized for a second look. AP with it
 # 0.841, without 0.824; magnified three times 0.77 and 0.75. 14 to 24 for 20, and 40 and 50 for 30, are no better.
 SMALL, LARGE = 20, 30
 MOST = 2**26  # pixels of the resized image: beyond there is no second look, whose memory grows with them
-CORE = 0.9  # foreground probability of the components of the foreground model, which then grow to 0.5
-THRESHOLDS = tuple(i / 100 for i in range(50, 100, 5))  # IoU thresholds of AP 0.5:0.95
+IOU_THRESHOLDS = tuple(i / 100 for i in range(50, 100, 5))  # of AP 0.5:0.95
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 NOTEBOOK = "ipykernel" in sys.modules
 
@@ -183,10 +183,10 @@ def read_kaggle(folder, all_images=False):
     Every tenth image kept is for testing. Unless `all_images`, fluorescence only: gray, nuclei brighter than the rest.
     """
     kept = []
-    for file in sorted(folder.glob("*/images/*.png")):
+    for file in sorted(folder.glob("*/images/[!.]*.png")):
         image, gray = read_plane(file)
         mask = np.zeros(image.shape, np.int32)
-        for i, nucleus in enumerate(sorted(file.parents[1].glob("masks/*.png")), 1):
+        for i, nucleus in enumerate(sorted(file.parents[1].glob("masks/[!.]*.png")), 1):
             pixels = read_plane(nucleus)[0] > 0
             if pixels.shape != mask.shape:
                 raise UserError(f"{nucleus} is {pixels.shape}, its image {mask.shape}; fetch the data again")
@@ -586,12 +586,12 @@ def connected_components(foreground_prediction, threshold=0.5):
     return label(np.asarray(foreground_prediction) > threshold, connectivity=1).astype(np.int32)
 
 
-def summits(depth, tile=TILE):
-    """(H, W) bool: maxima that rise by SUMMIT above the pass to any higher one (h-maxima, Soille 2003, sec. 6.3)."""
-    return on_tiles(lambda part: part - reconstruction(part - SUMMIT, part) > 0.999 * SUMMIT, depth, tile)
+def summits(depth, rise, tile=TILE):
+    """(H, W) bool: maxima that rise by `rise` above the pass to any higher one (h-maxima, Soille 2003, sec. 6.3)."""
+    return on_tiles(lambda part: part - reconstruction(part - rise, part) > 0.999 * rise, depth, tile)
 
 
-def instance_segmentation(foreground_prediction, boundary_prediction, threshold=0.5):
+def instance_segmentation(foreground_prediction, boundary_prediction, threshold=0.5, rise=BOUNDARY_THRESHOLDS["rise"]):
     """(H, W) probabilities of foreground and boundary -> (H, W) int32 instance ids, 0 is background.
 
     Nuclei are where foreground and boundary together exceed the threshold, so that they cover their rims; a watershed
@@ -601,12 +601,12 @@ def instance_segmentation(foreground_prediction, boundary_prediction, threshold=
     if foreground.shape != boundary.shape:
         raise ValueError(f"shapes differ: {foreground.shape} and {boundary.shape}")
     inside = foreground + boundary > threshold
-    depth = ndimage.gaussian_filter(foreground, SMOOTH)
-    return watershed(-depth, label(summits(depth) & inside), mask=inside).astype(np.int32)
+    depth = ndimage.gaussian_filter(foreground, 1)
+    return watershed(-depth, label(summits(depth, rise) & inside), mask=inside).astype(np.int32)
 
 
 def keep_sure(instances, nucleus, smallest, sure):
-    """Label image, ids 1..n, of the objects of `smallest` pixels and a mean nucleus probability of `sure` or more."""
+    """Label image, ids 1..n, of the objects of `smallest` pixels and a mean `nucleus` probability of `sure`, or more."""
     areas = np.bincount(instances.ravel())
     probability = np.bincount(instances.ravel(), nucleus.ravel()) / np.maximum(areas, 1)
     keep = (areas >= smallest) & (probability >= sure)
@@ -619,13 +619,15 @@ def nucleus_probability(probabilities):
     return probabilities[0] if len(probabilities) == 1 else 1 - probabilities[0]
 
 
-def decode(probabilities, smallest):
+def decode(probabilities, thresholds):
     """(1 or 3, H, W) probabilities -> (H, W) int32 instance ids 1..n, by components or by watershed."""
     nucleus = nucleus_probability(probabilities)
     if len(probabilities) == 3:
-        return keep_sure(instance_segmentation(*probabilities[1:], NUCLEUS), nucleus, smallest, SURE)
-    components = connected_components(nucleus, CORE)  # come apart where `separated_target` opened the seam
-    return keep_sure(watershed(-nucleus, components, mask=nucleus > 0.5), nucleus, smallest, 0.5)
+        instances = instance_segmentation(*probabilities[1:], thresholds["nucleus"], thresholds["rise"])
+    else:  # cores come apart where `separated_target` opened the seam
+        cores = connected_components(nucleus, thresholds["core"])
+        instances = watershed(-nucleus, cores, mask=nucleus > thresholds["nucleus"])
+    return keep_sure(instances, nucleus, thresholds["smallest"], thresholds["object"])
 
 
 def typical_size(instances):
@@ -639,18 +641,19 @@ def segment(model, image):
 
     Where the nuclei found are smaller or larger than most of the training images', the image is looked at again, resized.
     """
-    image, smallest = standardize(rescale(image), model.settings["normalization"]), model.settings["smallest"]
+    thresholds, image = model.settings["thresholds"], standardize(rescale(image), model.settings["normalization"])
     probabilities = predict(model, image)
-    instances = decode(probabilities, smallest)
+    instances = decode(probabilities, thresholds)
     size = typical_size(instances)
     factor = np.clip(size, SMALL, LARGE) / size if size else 1
     if abs(factor - 1) > 0.1 and image.size * factor**2 <= MOST:
         closer = predict(model, resize(image, tuple(max(1, round(side * factor)) for side in image.shape)))
         probabilities = np.stack([resize(channel, image.shape) for channel in closer])
         if factor < 1:  # instances are found where the pixels are finer
-            instances = decode(probabilities, smallest)
+            instances = decode(probabilities, thresholds)
         else:
-            instances = relabel_sequential(resize(decode(closer, smallest * factor**2), image.shape))[0]
+            closer = decode(closer, thresholds | {"smallest": thresholds["smallest"] * factor**2})
+            instances = relabel_sequential(resize(closer, image.shape))[0]
     return instances, probabilities
 
 
@@ -766,7 +769,7 @@ def validate(model, samples, make_target):
 
 
 def build_model(settings, device, precision):
-    """The network of `settings` (boundary, width, normalization, smallest), which it carries for prediction."""
+    """The network of `settings` (boundary, width, normalization, thresholds), which it carries for prediction."""
     model = UNet(1, 3 if settings["boundary"] else 1, settings["width"])
     model.settings, model.precision = settings, precision
     return model.to(device, memory_format=torch.channels_last)
@@ -857,6 +860,26 @@ def resume(last, parts, fixed, epochs):
     return state["history"], state["best"]
 
 
+def measure(images, masks):
+    """Of rescaled training images: ({"mean", "std"}, half the area in pixels that all but the smallest 1 % of nuclei reach)."""
+    pixels = np.concatenate([image.ravel()[::16] for image in images])
+    areas = np.concatenate([np.bincount(mask.ravel())[1:] for mask in masks])
+    smallest = int(np.percentile(areas[areas > 0], 1) / 2) if areas.any() else 0
+    return {"mean": float(pixels.mean()), "std": float(pixels.std()) or 1.0}, smallest
+
+
+def draw_crops(images, seed, epoch):
+    """Indices of the images to cut this rank's crops of an epoch from, in random order.
+
+    Each image comes by its area: together about as many crops as train in the time of 425 of the notebook's loop.
+    """
+    shares = torch.tensor([max(1, round(0.9 * image.size / CROP**2)) for image in images])
+    crops = torch.arange(len(images)).repeat_interleave(shares)
+    crops = crops.repeat(math.ceil(WORLD_SIZE / len(crops)))
+    order = torch.randperm(len(crops), generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
+    return crops[order][: len(crops) // WORLD_SIZE * WORLD_SIZE][RANK::WORLD_SIZE].tolist()
+
+
 def run_training(args, samples, checksum, device, precision):
     """Train on `samples`, every 20th of them for validation; write data.png, model.pt, last.pt and history.csv.
 
@@ -866,12 +889,10 @@ def run_training(args, samples, checksum, device, precision):
         raise UserError(f"{args.data} has {len(samples)} training image; at least two are needed, the last validates")
     training = [sample for i, sample in enumerate(samples) if i % 20 != 19]
     training, validation = (training, samples[19::20]) if len(samples) >= 20 else (samples[:-1], samples[-1:])
-    images = [rescale(sample.image) for sample in training]
-    pixels = np.concatenate([image.ravel()[::16] for image in images])
-    normalization = {"mean": float(pixels.mean()), "std": float(pixels.std()) or 1.0}
-    areas = np.concatenate([np.bincount(sample.mask.ravel())[1:] for sample in training])
-    smallest = int(np.percentile(areas[areas > 0], 1) / 2) if areas.any() else 0  # half of what all but the smallest 1 % reach
-    settings = {"boundary": args.boundary, "width": args.width, "normalization": normalization, "smallest": smallest}
+    images, masks = [rescale(sample.image) for sample in training], [sample.mask for sample in training]
+    normalization, smallest = measure(images, masks)
+    thresholds = (BOUNDARY_THRESHOLDS if args.boundary else FOREGROUND_THRESHOLDS) | {"smallest": smallest}
+    settings = dict(boundary=args.boundary, width=args.width, normalization=normalization, thresholds=thresholds)
     fixed = {key: getattr(args, key) for key in ("boundary", "width", "batch_size", "lr", "seed")}
     fixed |= {"data": checksum, "processes": WORLD_SIZE}
 
@@ -883,14 +904,8 @@ def run_training(args, samples, checksum, device, precision):
     if WORLD_SIZE > 1:
         network = nn.parallel.DistributedDataParallel(model)
     make_target = depth_target if args.boundary else separated_target
-    masks = [sample.mask for sample in training]
     dataset = NucleiDataset(images, masks, partial(standardize, normalization=normalization), make_target, augment)
-    # Crops of each image in an epoch, by its area: about as many as train in the time of 425 of the notebook's loop.
-    shares = torch.tensor([max(1, round(0.9 * image.size / CROP**2)) for image in images])
-    crops = torch.arange(len(images)).repeat_interleave(shares)
-    crops = crops.repeat(math.ceil(WORLD_SIZE / len(crops)))
-    crops = crops[: len(crops) // WORLD_SIZE * WORLD_SIZE]
-    steps = args.epochs * math.ceil(len(crops) / WORLD_SIZE / args.batch_size)
+    steps = args.epochs * math.ceil(len(draw_crops(images, args.seed, 0)) / args.batch_size)
 
     optimizer = Muon(network, args.lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(one_cycle, steps=steps))
@@ -910,9 +925,9 @@ def run_training(args, samples, checksum, device, precision):
     if workers is None:  # elsewhere than on Linux each would import torch anew, and could not in a notebook
         workers = min(4, os.cpu_count()) if device.type == "cuda" and sys.platform == "linux" else 0
     for epoch in range(len(history) + 1, args.epochs + 1):
-        order = torch.randperm(len(crops), generator=torch.Generator().manual_seed(args.seed * 100_003 + epoch))
-        loader = torch.utils.data.DataLoader(dataset, args.batch_size, sampler=crops[order][RANK::WORLD_SIZE].tolist(),
-                                             num_workers=workers, pin_memory=device.type == "cuda")
+        crops = draw_crops(images, args.seed, epoch)
+        loader = torch.utils.data.DataLoader(dataset, args.batch_size, sampler=crops, num_workers=workers,
+                                             pin_memory=device.type == "cuda")
         start = time.time()
         train_loss, train_dice = train_epoch(network, loader, optimizer, schedule, scaler, epoch, args.epochs)
         seconds = time.time() - start
@@ -922,7 +937,7 @@ def run_training(args, samples, checksum, device, precision):
         if not math.isfinite(val_loss):
             raise UserError(f"the validation loss is {val_loss} after epoch {epoch}; start again with a lower --lr")
         row = dict(epoch=epoch, train_loss=train_loss, val_loss=val_loss, train_dice=train_dice, val_dice=val_dice, val_f1=val_f1,
-                   lr=optimizer.param_groups[0]["lr"], seconds=seconds, images_per_second=len(crops) / seconds)
+                   lr=optimizer.param_groups[0]["lr"], seconds=seconds, images_per_second=WORLD_SIZE * len(crops) / seconds)
         history.append({key: float(f"{value:.6g}") if key != "epoch" else epoch for key, value in row.items()})
         say(f"epoch {epoch}/{args.epochs}  loss {train_loss:.4f}, validation {val_loss:.4f}  dice {train_dice:.3f}, "
             f"{val_dice:.3f}  F1 {val_f1:.3f}  lr {row['lr']:.1e}  {seconds:.0f} s  {row['images_per_second']:.2f} images/s")
@@ -945,13 +960,13 @@ def evaluate(model, samples):
         instances, _ = segment(model, sample.image)
         seconds += time.time() - start
         pairs = overlaps(instances, sample.mask)
-        counts.append([count_matches(*pairs, threshold) for threshold in THRESHOLDS])
+        counts.append([count_matches(*pairs, threshold) for threshold in IOU_THRESHOLDS])
         live(f"test image {i}/{len(samples)}")
     live()
     f1 = [[f1_from_counts(*counts_at) for counts_at in image] for image in counts]
     pooled = np.sum(counts, axis=0)
     ap = pooled[:, 0] / np.maximum(pooled.sum(1), 1)
-    (tp, fp, fn), at_75 = pooled[0].tolist(), THRESHOLDS.index(0.75)
+    (tp, fp, fn), at_75 = pooled[0].tolist(), IOU_THRESHOLDS.index(0.75)
     scores = {"f1@0.5": np.mean(f1, 0)[0], "f1@0.75": np.mean(f1, 0)[at_75], "ap@0.5": ap[0], "ap@0.75": ap[at_75],
               "ap@0.5:0.95": ap.mean(), "predict_images_per_second": sum(s.image.size for s in samples) / CROP**2 / seconds}
     scores = {name: round(float(score), 6) for name, score in scores.items()}
