@@ -29,6 +29,7 @@ from scipy.optimize import linear_sum_assignment
 import unet_nuclei as un
 
 SCRIPT = Path(un.__file__)
+CPU = torch.device("cpu")
 SMALL = ["--data", "data", "--width", "2", "--epochs", "1"]  # of write_data
 TINY = ["--data", "synthetic", "--width", "2", "--epochs", "1", "--batch-size", "10"]
 
@@ -86,6 +87,16 @@ def test_unet_shapes(inputs, outputs, width, height, breadth):
 def test_unet_refuses_sides_it_cannot_halve_four_times():
     with pytest.raises(ValueError, match="16"):
         un.UNet(1, 1, 2)(torch.zeros(1, 1, 24, 32))
+
+
+def test_full_precision_needs_no_autocast(monkeypatch):
+    monkeypatch.setattr(torch, "autocast", None)  # as good as on MPS with torch 2.4
+    assert un.UNet(1, 1, 2)(torch.zeros(1, 1, 32, 32)).dtype == torch.float32
+
+
+def test_memory_format_of_each_device():
+    assert un.memory_format(CPU) == un.memory_format(torch.device("cuda:1")) == torch.channels_last
+    assert un.memory_format(torch.device("mps")) == torch.contiguous_format
 
 
 # ---------------------------------------------------------------- targets
@@ -340,17 +351,17 @@ def test_tiles_agree_with_the_whole_image():
 def test_a_loaded_model_predicts_as_the_one_that_was_saved(tmp_path):
     torch.manual_seed(0)
     settings = {"boundary": True, "width": 4}
-    model = un.build_model(settings, "cpu", torch.float32)
+    model = un.build_model(settings, CPU, torch.float32)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):  # as after some training
             for values in (module.running_mean, module.running_var, module.weight.data, module.bias.data):
                 values.uniform_(0.5, 2)
     un.save_checkpoint(tmp_path / "model.pt", {"settings": settings, "model": model.state_dict()})
     image = np.random.default_rng(0).normal(size=(70, 50))
-    loaded = un.load_model(tmp_path / "model.pt", "cpu", torch.float32)
+    loaded = un.load_model(tmp_path / "model.pt", CPU, torch.float32)
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in loaded.modules())
     assert np.abs(un.predict(loaded, image) - un.predict(model, image)).max() < 1e-4
-    half = un.load_model(tmp_path / "model.pt", "cpu", torch.bfloat16)
+    half = un.load_model(tmp_path / "model.pt", CPU, torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     assert np.abs(un.predict(half, image) - un.predict(model, image)).max() < 0.1
 
@@ -372,7 +383,7 @@ def test_a_second_look_where_nuclei_are_of_unusual_size(monkeypatch, side, secon
     monkeypatch.setattr(un, "predict", predict)
     thresholds = un.BOUNDARY_THRESHOLDS | {"smallest": 5}
     settings = {"boundary": True, "width": 1, "thresholds": thresholds, "normalization": {"mean": 0, "std": 1}}
-    instances, probabilities = un.segment(un.build_model(settings, "cpu", torch.float32), mask * 1.0)
+    instances, probabilities = un.segment(un.build_model(settings, CPU, torch.float32), mask * 1.0)
     assert looks == [(200, 200)] + [(second, second)] * (second is not None)
     assert un.match_counts(instances, mask * (mask <= 3 - len(looks)), 0.9) == (3 - len(looks), 0, 0)
     assert probabilities.shape == (3, 200, 200)
@@ -747,7 +758,7 @@ def test_checkpoints_are_data(trained, tmp_path, monkeypatch, case):
     elif case != "missing":
         path.write_bytes(good[: len(good) // 2] if case == "truncated" else b"hello")
     with pytest.raises(un.UserError, match="model.pt"):
-        un.load_model(path, torch.device("cpu"), torch.float32)
+        un.load_model(path, CPU, torch.float32)
     assert not Path("evil-was-here").exists()
 
 

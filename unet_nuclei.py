@@ -30,6 +30,7 @@ import urllib.request
 import zipfile
 import zlib
 from collections import namedtuple
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -467,7 +468,8 @@ class UNet(nn.Module):
     def forward(self, x):
         if x.shape[-1] % 16 or x.shape[-2] % 16:
             raise ValueError(f"height and width must be divisible by 16, not {tuple(x.shape[-2:])}")
-        with torch.autocast(x.device.type, self.precision, enabled=self.precision != torch.float32):
+        full = self.precision == torch.float32  # for which torch 2.4 has no autocast on MPS, not even a disabled one
+        with nullcontext() if full else torch.autocast(x.device.type, self.precision):
             skips = []
             for i, block in enumerate(self.encoder):
                 x = block(F.max_pool2d(x, 2) if i else x)
@@ -476,6 +478,11 @@ class UNet(nn.Module):
             for upsample, block in zip(self.upsample, self.decoder):
                 x = block(torch.cat([skips.pop(), upsample(x)], 1))
             return self.out(x).float()
+
+
+def memory_format(device):
+    """Channels last is the fastest; on MPS it crashes in the backward pass of max pooling (pytorch issue 175190)."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
 # ---------------------------------------------------------------- loss and scores
@@ -570,8 +577,9 @@ def predict(model, image, tile=TILE, margin=MARGIN):
     def probabilities(part):
         height, width = part.shape
         x = np.pad(np.asarray(part, np.float32), ((0, -height % 16), (0, -width % 16)), mode="symmetric")
-        logits = model(torch.from_numpy(x)[None, None].to(device, memory_format=torch.channels_last))[0, :, :height, :width]
-        return (logits.sigmoid() if len(logits) == 1 else logits.softmax(0)).cpu().numpy()
+        x = torch.from_numpy(x)[None, None].to(device, memory_format=memory_format(device))
+        logits = model(x)[0].cpu()[:, :height, :width]
+        return (logits.sigmoid() if len(logits) == 1 else logits.softmax(0)).numpy()
 
     with torch.inference_mode():
         model.eval()
@@ -737,9 +745,10 @@ def train_epoch(model, loader, optimizer, schedule, scaler, epoch=1, epochs=1):
     """One pass over `loader`: (mean loss, mean dice). Raises UserError at a loss that is not finite."""
     model.train()
     device, total, start = next(model.parameters()).device, np.zeros(2), time.time()
+    asynchronous = device.type == "cuda"  # on MPS such a copy can bring other values (pytorch issue 189690)
     for step, (image, target) in enumerate(loader, 1):
-        image = image.to(device, memory_format=torch.channels_last, non_blocking=True)
-        target = target.to(device, non_blocking=True)
+        image = image.to(device, memory_format=memory_format(device), non_blocking=asynchronous)
+        target = target.to(device, non_blocking=asynchronous)
         optimizer.zero_grad()
         logits = model(image)
         loss = loss_function(logits, target)
@@ -772,7 +781,7 @@ def build_model(settings, device, precision):
     """The network of `settings` (boundary, width, normalization, thresholds), which it carries for prediction."""
     model = UNet(1, 3 if settings["boundary"] else 1, settings["width"])
     model.settings, model.precision = settings, precision
-    return model.to(device, memory_format=torch.channels_last)
+    return model.to(device, memory_format=memory_format(device))
 
 
 def save_checkpoint(path, state):
