@@ -350,7 +350,7 @@ def test_tiles_agree_with_the_whole_image():
 
 def test_a_loaded_model_predicts_as_the_one_that_was_saved(tmp_path):
     torch.manual_seed(0)
-    settings = {"boundary": True, "width": 4}
+    settings = {"boundary": True, "width": 4, "normalization": {}, "thresholds": {}}
     model = un.build_model(settings, CPU, torch.float32)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):  # as after some training
@@ -747,7 +747,7 @@ class Evil:
         return os.system, ("touch evil-was-here",)
 
 
-@pytest.mark.parametrize("case", ["evil", "truncated", "foreign", "text", "missing"])
+@pytest.mark.parametrize("case", ["evil", "truncated", "foreign", "text", "missing", "earlier version"])
 def test_checkpoints_are_data(trained, tmp_path, monkeypatch, case):
     monkeypatch.chdir(tmp_path)
     path, good = tmp_path / "model.pt", (trained["boundary"][0] / "model.pt").read_bytes()
@@ -755,6 +755,10 @@ def test_checkpoints_are_data(trained, tmp_path, monkeypatch, case):
         torch.save(Evil(), path)
     elif case == "foreign":
         torch.save(torch.nn.Linear(2, 2).state_dict(), path)
+    elif case == "earlier version":
+        state = torch.load(trained["boundary"][0] / "model.pt", weights_only=True)
+        del state["settings"]["thresholds"]
+        torch.save(state, path)
     elif case != "missing":
         path.write_bytes(good[: len(good) // 2] if case == "truncated" else b"hello")
     with pytest.raises(un.UserError, match="model.pt"):
@@ -998,7 +1002,7 @@ def clock(function, n):
 def script_steps(width, n, batch=4):
     """The script's own loop: seconds a crop to train on images, GiB, seconds to predict, and to train on one fixed batch."""
     device, precision = un.choose_device("cpu", "auto")
-    settings = {"boundary": True, "width": width}
+    settings = {"boundary": True, "width": width, "normalization": {}, "thresholds": {}}
     model = un.build_model(settings, device, precision)
     un.keep_memory()
     optimizer = un.Muon(model, 1e-3)

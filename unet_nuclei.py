@@ -814,6 +814,8 @@ def load_model(path, device, precision):
     try:
         model = build_model(state["settings"], device, precision)
         model.load_state_dict(state["model"])
+        if not {"normalization", "thresholds"} <= model.settings.keys():  # of an earlier version
+            raise KeyError
     except (KeyError, TypeError, ValueError, RuntimeError):
         raise UserError(f"{path} holds another network than this script's; give a model.pt that it wrote") from None
     for block in (*model.eval().encoder, *model.decoder):
