@@ -66,6 +66,30 @@ def squares(*boxes, shape=(40, 40)):
 
 
 # ---------------------------------------------------------------- network
+class Concatenating(un.UNet):
+    """The network as the notebook writes it, skips and all that comes from below copied into one tensor."""
+
+    def forward(self, x):
+        skips = []
+        for i, block in enumerate(self.encoder):
+            x = block(torch.nn.functional.max_pool2d(x, 2) if i else x)
+            skips.append(x)
+        skips.pop()
+        for upsample, block in zip(self.upsample, self.decoder):
+            x = block(torch.cat([skips.pop(), upsample(x)], 1))
+        return self.out(x)
+
+
+def test_unet_concatenates_skips():
+    torch.manual_seed(0)
+    model, plain, image = un.UNet(1, 3, 4), Concatenating(1, 3, 4), torch.randn(2, 1, 64, 64)
+    plain.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model(image), plain(image))
+    (model(image) ** 2).mean().backward(), (plain(image) ** 2).mean().backward()
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-5)
+
+
 def test_unet_has_the_parameters_of_the_notebook():
     plain, normal = un.UNet(1, 1, norm=False), un.UNet(1, 1)
     assert sum(p.numel() for p in plain.parameters()) == 31_030_593
@@ -968,7 +992,7 @@ def test_pasted_into_a_notebook(tmp_path):
 # ---------------------------------------------------------------- make bench
 def notebook_steps(width, n):
     """The notebook's loop (batch 1, float32, channels first, no normalization): seconds a crop to train, GiB, to predict."""
-    model, image, target = un.UNet(1, 1, width, norm=False), torch.randn(1, 1, 256, 256), torch.ones(1, 1, 256, 256)
+    model, image, target = Concatenating(1, 1, width, norm=False), torch.randn(1, 1, 256, 256), torch.ones(1, 1, 256, 256)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
 
     def step():

@@ -480,7 +480,10 @@ class UNet(nn.Module):
                 skips.append(x)
             skips.pop()
             for upsample, block in zip(self.upsample, self.decoder):
-                x = block(torch.cat([skips.pop(), upsample(x)], 1))
+                # the first convolution of skip and x concatenated, as the sum of two, which saves a copy of both
+                of_skip, of_x = block[0].weight.chunk(2, 1)
+                x = F.conv2d(upsample(x), of_x, block[0].bias, padding=1).add_(F.conv2d(skips.pop(), of_skip, padding=1))
+                x = block[1:](x)
             return self.out(x).float()
 
 
