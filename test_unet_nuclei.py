@@ -693,7 +693,9 @@ def test_a_kill_while_writing_leaves_the_last_checkpoint(tmp_path, monkeypatch):
 def test_stopping_says_how_to_resume(tmp_path, number, status):
     write_data(tmp_path / "data")
     words = [sys.executable, SCRIPT, "--boundary", *SMALL, "--epochs", "1000", "--out", "out"]
-    process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(  # a suite started with `&` ignores SIGINT, and its processes would too
+        words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
     until(lambda: (tmp_path / "out/last.pt").exists())
     process.send_signal(number)
     _, err = process.communicate(timeout=20)
