@@ -6,7 +6,8 @@
     python unet_nuclei.py --checkpoint runs/boundary/model.pt --predict FOLDER     # segment your own images
     torchrun --nproc-per-node 2 unet_nuclei.py --boundary   # on two GPUs
 
-RESULTLINE
+Ten epochs at --width 16 take a quarter of an hour on two CPU cores. On 44 test images of the Data Science Bowl 2018 (2,426
+nuclei), the mean F1 at IoU 0.5 is then 0.908 or 0.911, the AP 0.82 or 0.83, by the seed; README.md has the rest.
 
 Pasted into a notebook cell, the file defines its functions and waits; in the next cell,
 `main(["--boundary", "--epochs", "10"])` trains. Needs torch, numpy, scikit-image, scipy and imageio.
@@ -453,7 +454,7 @@ class UNet(nn.Module):
 
 
 def upsampled(layer, x):
-    """The 2x2 transposed convolution `layer` of x, as a 1x1 convolution and a shuffle: half the time on a CPU."""
+    """The 2x2 transposed convolution `layer` of x, as a 1x1 convolution and a shuffle: a step of 0.29 s for 0.30, width 16."""
     kernel = layer.weight.permute(1, 2, 3, 0).reshape(-1, layer.in_channels, 1, 1)
     return F.pixel_shuffle(F.conv2d(x, kernel, layer.bias.repeat_interleave(4)), 2)
 
@@ -526,13 +527,10 @@ def match_counts(seg, mask, threshold=0.5):
     return count_matches(*overlaps(seg, mask), threshold)
 
 
-def f1_from_counts(tp, fp, fn):
-    return 1.0 if tp + fp + fn == 0 else 2 * tp / (2 * tp + fp + fn)
-
-
 def f1_score(seg, mask, threshold=0.5):
     """F1 = 2 TP / (2 TP + FP + FN) of `match_counts`; 1.0 where both images are empty."""
-    return f1_from_counts(*match_counts(seg, mask, threshold))
+    tp, fp, fn = match_counts(seg, mask, threshold)
+    return 2 * tp / (2 * tp + fp + fn) if tp + fp + fn else 1.0
 
 
 # ---------------------------------------------------------------- prediction
@@ -889,13 +887,15 @@ def evaluate(model, samples):
         counts.append([count_matches(*pairs, threshold) for threshold in IOU_THRESHOLDS])
         live(f"test image {i}/{len(samples)}")
     live()
-    f1 = np.array([[f1_from_counts(*at_threshold) for at_threshold in image] for image in counts])
-    pooled = np.sum(counts, axis=0)
-    ap = pooled[:, 0] / np.maximum(pooled.sum(1), 1)
+    tp, fp, fn = np.moveaxis(counts, -1, 0)  # each (images, thresholds)
+    f1 = np.where(tp + fp + fn, 2 * tp / np.maximum(2 * tp + fp + fn, 1), 1)
+    tp, fp, fn = tp.sum(0), fp.sum(0), fn.sum(0)
+    ap = tp / np.maximum(tp + fp + fn, 1)
     scores = {"f1@0.5": f1[:, 0].mean(), "f1@0.75": f1[:, 5].mean(), "ap@0.5": ap[0], "ap@0.75": ap[5], "ap@0.5:0.95": ap.mean(),
               "predict_images_per_second": sum(sample.image.size for sample in samples) / CROP**2 / seconds}
-    (tp, fp, fn), scores = pooled[0].tolist(), {name: round(float(score), 6) for name, score in scores.items()}
-    return scores | dict(n_images=len(samples), n_objects=tp + fn, found=tp, missed=fn, made_up=fp), f1[:, 0]
+    numbers = dict(n_images=len(samples), n_objects=tp[0] + fn[0], found=tp[0], missed=fn[0], made_up=fp[0])
+    scores = {name: round(float(score), 6) for name, score in scores.items()}
+    return scores | {name: int(number) for name, number in numbers.items()}, f1[:, 0]
 
 
 # ---------------------------------------------------------------- pictures
@@ -1025,14 +1025,12 @@ def choose_device(name, precision):
     return device, torch.float32 if precision == "fp32" else fastest
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message}; --help lists the flags")
-
-
 def parse_arguments(argv):
-    parser = Parser("unet_nuclei.py", description="Train a U-Net that finds and separates nuclei, score it, and apply it.",
-                    allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    """The flags as a namespace; UserError where they are wrong or do not go together."""
+    parser = argparse.ArgumentParser(
+        "unet_nuclei.py", description="Train a U-Net that finds and separates nuclei, score it, and apply it.",
+        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # fmt: skip
+    parser.error = lambda message: require(False, f"{message}; --help lists the flags")
     add = parser.add_argument_group("data").add_argument
     add("--data", default="dsb2018", metavar="PATH", help="folder or zip with train/ and test/, or `synthetic`")
     add("--all-images", action="store_true", help="of the Bowl's own folders, keep what is not fluorescence too")
