@@ -98,7 +98,7 @@ def live(text=""):
 def image_files(folder):
     """The images of a folder by name, without the hidden files that macOS puts beside them. UserError if there are none."""
     files = sorted(file for file in folder.glob("[!.]*") if file.suffix.lower() in SUFFIXES)
-    require(files, f"{folder} holds no image; put TIFF, PNG or JPEG files there")
+    require(files, f"{folder} is missing or holds no image; put TIFF, PNG or JPEG files there")
     return files
 
 
@@ -238,9 +238,11 @@ def unpack(archive, target):
     """Unpack a zip, a path or an open file, as the folder `target`, whole or not at all, and nothing outside it."""
     try:
         with zipfile.ZipFile(archive) as members, tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-            members.extractall(Path(scratch, "data"))  # which leaves `..` and leading `/` out of names
+            outside = [name for name in members.namelist() if name[0] in "/\\" or ".." in Path(name).parts or ":" in name]
+            require(not outside, f"{archive} holds {outside[:1]}, which would land outside its folder; do not use this file")
+            members.extractall(Path(scratch, "data"))
             os.replace(Path(scratch, "data"), target)
-    except OSError:  # of the disk
+    except (OSError, UserError):  # of the disk, or just said
         raise
     except Exception as error:  # each kind of damage fails in a way of its own
         raise UserError(f"{archive} is no zip file, or damaged ({error}); fetch it again") from None
@@ -421,7 +423,7 @@ class UNet(nn.Module):
 
     def __init__(self, in_channels=1, out_channels=1, width=64, norm=True):
         super().__init__()
-        self.precision, self.layout = torch.float32, torch.contiguous_format
+        self.precision = torch.float32
 
         def block(inputs, outputs):
             layers = []
@@ -440,7 +442,6 @@ class UNet(nn.Module):
     def forward(self, x):
         if x.shape[-1] % 16 or x.shape[-2] % 16:
             raise ValueError(f"height and width must be divisible by 16, not {tuple(x.shape[-2:])}")
-        x = x.contiguous(memory_format=self.layout)
         full = self.precision == torch.float32  # for which torch 2.4 has no autocast on MPS, not even a disabled one
         with nullcontext() if full else torch.autocast(x.device.type, self.precision):
             skips = []
@@ -463,6 +464,11 @@ def joined(conv, skip, x):
     """The 3x3 convolution `conv` of skip and x concatenated, as the sum of two: without the copy a step takes a twelfth less."""
     of_skip, of_x = conv.weight.chunk(2, 1)
     return F.conv2d(x, of_x, conv.bias, padding=1).add_(F.conv2d(skip, of_skip, padding=1))
+
+
+def memory_format(device):
+    """Channels last is the fastest; on MPS it crashes in the backward pass of max pooling (pytorch issue 175190)."""
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
 
 
 # ---------------------------------------------------------------- loss and scores
@@ -527,10 +533,13 @@ def match_counts(seg, mask, threshold=0.5):
     return count_matches(*overlaps(seg, mask), threshold)
 
 
+def f1_from_counts(tp, fp, fn):
+    return 1.0 if tp + fp + fn == 0 else 2 * tp / (2 * tp + fp + fn)
+
+
 def f1_score(seg, mask, threshold=0.5):
     """F1 = 2 TP / (2 TP + FP + FN) of `match_counts`; 1.0 where both images are empty."""
-    tp, fp, fn = match_counts(seg, mask, threshold)
-    return 2 * tp / (2 * tp + fp + fn) if tp + fp + fn else 1.0
+    return f1_from_counts(*match_counts(seg, mask, threshold))
 
 
 # ---------------------------------------------------------------- prediction
@@ -561,7 +570,7 @@ def predict(model, image, tile=TILE, margin=MARGIN):
     def probabilities(part):
         height, width = part.shape
         x = np.pad(np.asarray(part, np.float32), ((0, -height % 16), (0, -width % 16)), mode="symmetric")
-        x = torch.from_numpy(x)[None, None].to(device)
+        x = torch.from_numpy(x)[None, None].to(device, memory_format=memory_format(device))
         logits = model(x)[0].cpu()[:, :height, :width]
         return (logits.sigmoid() if len(logits) == 1 else logits.softmax(0)).numpy()
 
@@ -573,6 +582,11 @@ def predict(model, image, tile=TILE, margin=MARGIN):
 
 
 # ---------------------------------------------------------------- instances
+def connected_components(foreground_prediction, threshold=0.5):
+    """(H, W) foreground probabilities -> (H, W) int32 ids of the connected components above the threshold."""
+    return label(np.asarray(foreground_prediction) > threshold, connectivity=1).astype(np.int32)
+
+
 def summits(depth, rise, tile=TILE):
     """(H, W) bool: maxima that rise by `rise` above the pass to any higher one (h-maxima, Soille 2003, sec. 6.3)."""
     return on_tiles(lambda part: part - reconstruction(part - rise, part) > 0.999 * rise, depth, tile)
@@ -597,9 +611,9 @@ def decode(probabilities, thresholds):
     if len(probabilities) == 3:
         nucleus = probabilities[1] + probabilities[2]
         instances = instance_segmentation(*probabilities[1:], thresholds["nucleus"], thresholds["rise"])
-    else:  # connected components of the cores, which come apart where `separated_target` opened the seam, and then grow
+    else:  # cores come apart where `separated_target` opened the seam, and then grow
         nucleus = probabilities[0]
-        cores = label(nucleus > thresholds["core"], connectivity=1)
+        cores = connected_components(nucleus, thresholds["core"])
         instances = watershed(-nucleus, cores, mask=nucleus > thresholds["nucleus"])
     areas = np.bincount(instances.ravel())
     probability = np.bincount(instances.ravel(), nucleus.ravel()) / np.maximum(areas, 1)
@@ -670,12 +684,18 @@ def orthogonalize(matrix):
     Three steps of Jordan's Newton-Schulz iteration, in (m, m) products; five train no better (held-out AP 0.841 with three,
     0.835 and 0.842 with five). In bfloat16 singular values reached 3.9 and training failed.
     """
+    identity = torch.eye(len(matrix), device=matrix.device)
+
+    def polynomial(gram):
+        return torch.addmm(3.4445 * identity - 4.7750 * gram, gram, gram, alpha=2.0315)
+
     unit = matrix / (matrix.norm() + 1e-12)
-    gram, identity = unit @ unit.T, torch.eye(len(unit), device=unit.device)
-    result = identity
-    for _ in range(3):
-        factor = torch.addmm(3.4445 * identity - 4.7750 * gram, gram, gram, alpha=2.0315)
-        gram, result = factor @ gram @ factor, factor @ result
+    gram = unit @ unit.T
+    result = factor = polynomial(gram)
+    for _ in range(2):
+        gram = factor @ gram @ factor
+        factor = polynomial(gram)
+        result = factor @ result
     return result @ unit
 
 
@@ -695,16 +715,18 @@ def train_epoch(model, loader, optimizer, schedule, scaler, epoch=1, epochs=1):
     device, total, start = next(model.parameters()).device, np.zeros(2), time.time()
     asynchronous = device.type == "cuda"  # on MPS such a copy can bring other values (pytorch issue 189690)
     for step, (image, target) in enumerate(loader, 1):
-        image, target = (tensor.to(device, non_blocking=asynchronous) for tensor in (image, target))
+        image = image.to(device, memory_format=memory_format(device), non_blocking=asynchronous)
+        target = target.to(device, non_blocking=asynchronous)
         optimizer.zero_grad()
         logits = model(image)
         loss = loss_function(logits, target)
-        require(loss.isfinite(), f"the loss is {loss.item()} at epoch {epoch}, step {step}; start again with a lower --lr")
+        value = loss.item()
+        require(math.isfinite(value), f"the loss is {value} at epoch {epoch}, step {step}; start again with a lower --lr")
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
         schedule.step()
-        total += loss.item(), nucleus_dice(logits[:1].detach(), target[:1]).item()  # of one crop, for its time
+        total += value, nucleus_dice(logits[:1].detach(), target[:1]).item()  # of one crop, for its time
         left = (time.time() - start) / step * (len(loader) * (epochs - epoch + 1) - step)
         live(f"epoch {epoch}/{epochs}  step {step}/{len(loader)}  loss {total[0] / step:.4f}  {left / 60:.0f} min left")
     live()
@@ -725,11 +747,9 @@ def validate(model, samples, make_target):
 
 def build_model(settings, device, precision):
     """The network of `settings` (boundary, width, normalization, thresholds), which it carries for prediction."""
-    # channels last is the fastest; on MPS it crashes in the backward pass of max pooling (pytorch issue 175190)
-    layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
-    model = UNet(1, 3 if settings["boundary"] else 1, settings["width"]).to(device, memory_format=layout)
-    model.settings, model.precision, model.layout = settings, precision, layout
-    return model
+    model = UNet(1, 3 if settings["boundary"] else 1, settings["width"])
+    model.settings, model.precision = settings, precision
+    return model.to(device, memory_format=memory_format(device))
 
 
 def save_checkpoint(path, **state):
@@ -742,7 +762,7 @@ def load_checkpoint(path, load):
     """load(what `save_checkpoint` wrote), read as data only, so that no file can run code. UserError if it does not fit."""
     try:
         return load(torch.load(path, map_location="cpu", weights_only=True))
-    except UserError:
+    except (UserError, torch.cuda.OutOfMemoryError):
         raise
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; train first, or give the file of an earlier run") from None
@@ -767,7 +787,7 @@ def load_model(path, device, precision):
 def make_room(out):
     """Make the folder `out`; what an earlier run left there is kept, in out/earlier-1, earlier-2, ..."""
     out.mkdir(parents=True, exist_ok=True)
-    if (out / "model.pt").exists():
+    if (out / "model.pt").exists() or (out / "last.pt").exists():
         earlier = next(folder for n in itertools.count(1) if not (folder := out / f"earlier-{n}").exists())
         earlier.mkdir()
         for file in filter(Path.exists, (out / name for name in OUTPUTS)):
@@ -888,15 +908,13 @@ def evaluate(model, samples):
         counts.append([count_matches(*pairs, threshold) for threshold in IOU_THRESHOLDS])
         live(f"test image {i}/{len(samples)}")
     live()
-    tp, fp, fn = np.moveaxis(counts, -1, 0)  # each (images, thresholds)
-    f1 = np.where(tp + fp + fn, 2 * tp / np.maximum(2 * tp + fp + fn, 1), 1)
-    tp, fp, fn = tp.sum(0), fp.sum(0), fn.sum(0)
-    ap = tp / np.maximum(tp + fp + fn, 1)
+    f1 = np.array([[f1_from_counts(*at_threshold) for at_threshold in image] for image in counts])
+    pooled = np.sum(counts, axis=0)
+    ap = pooled[:, 0] / np.maximum(pooled.sum(1), 1)
     scores = {"f1@0.5": f1[:, 0].mean(), "f1@0.75": f1[:, 5].mean(), "ap@0.5": ap[0], "ap@0.75": ap[5], "ap@0.5:0.95": ap.mean(),
               "predict_images_per_second": sum(sample.image.size for sample in samples) / CROP**2 / seconds}
-    numbers = dict(n_images=len(samples), n_objects=tp[0] + fn[0], found=tp[0], missed=fn[0], made_up=fp[0])
-    scores = {name: round(float(score), 6) for name, score in scores.items()}
-    return scores | {name: int(number) for name, number in numbers.items()}, f1[:, 0]
+    (tp, fp, fn), scores = pooled[0].tolist(), {name: round(float(score), 6) for name, score in scores.items()}
+    return scores | dict(n_images=len(samples), n_objects=tp + fn, found=tp, missed=fn, made_up=fp), f1[:, 0]
 
 
 # ---------------------------------------------------------------- pictures
@@ -1013,6 +1031,8 @@ def choose_device(name, precision):
     if name == "cuda" and WORLD_SIZE > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
+        if name.split(":")[0] not in ("cpu", "cuda", "mps"):
+            raise RuntimeError
         device = torch.zeros(1, device=name).device  # fails where there is none
     except (RuntimeError, AssertionError):
         raise UserError(f"--device {name} is not to be had here; give --device auto, cpu, cuda, cuda:N or mps") from None
@@ -1038,7 +1058,7 @@ def parse_arguments(argv):
     add("--predict", nargs="+", metavar="PATH", help="images or folders to segment with --checkpoint")
     add = parser.add_argument_group("model").add_argument
     add("--boundary", action="store_true", help="three classes and watershed, not foreground and components")
-    add("--width", type=int, default=64, metavar="N", help="channels of the first level; a checkpoint has its own")
+    add("--width", type=int, metavar="N", help="channels of the first level (default: 64)")
     add("--checkpoint", metavar="FILE", help="a model.pt, to --predict with or, with --epochs 0, to evaluate")
     add = parser.add_argument_group("training").add_argument
     add("--epochs", type=int, default=10, metavar="N", help="training epochs; 0 evaluates --checkpoint")
@@ -1052,7 +1072,8 @@ def parse_arguments(argv):
     add("--out", type=Path, metavar="DIR", help="(default: runs/foreground or runs/boundary)")
     args = parser.parse_args(argv)
     for name, low in ("epochs", 0), ("width", 1), ("batch_size", 1), ("seed", 0):
-        require(getattr(args, name) >= low, f"--{name.replace('_', '-')} must be at least {low}")
+        value = getattr(args, name)
+        require(value is None or value >= low, f"--{name.replace('_', '-')} must be at least {low}")
     require(0 < args.lr < math.inf, "--lr must be a positive number")
     require(args.predict or not args.checkpoint or not args.epochs,
             "--checkpoint goes with --epochs 0 (evaluate) or --predict; to train on, use --resume")
@@ -1066,9 +1087,12 @@ def run(args):
     model = load_model(args.checkpoint, device, precision) if args.checkpoint else None
     if model:
         require(model.settings["boundary"] or not args.boundary, f"{args.checkpoint} is a foreground model; leave --boundary out")
-        args.boundary, args.width = model.settings["boundary"], model.settings["width"]
+        width = model.settings["width"]
+        require(args.width in (None, width), f"--width is {args.width}, but {width} in {args.checkpoint}; leave --width out")
+        args.boundary, args.width = model.settings["boundary"], width
         if RANK:
             return {}  # one process is enough to predict and to evaluate
+    args.width = args.width or 64
     args.out = args.out or Path("runs", "boundary" if args.boundary else "foreground")
     if args.predict:
         return predict_files(model, args.predict, args.out)
@@ -1102,8 +1126,9 @@ def run(args):
     rate = np.mean([row["images_per_second"] for row in history]).round(3).item() if history else None
     versions = {name: version(name) for name in ("torch", "numpy", "scikit-image", "scipy")}
     metrics |= dict(data=str(args.data), data_sha256=checksum.hexdigest(), train_images_per_second=rate, device=str(device),
-                    precision=str(precision), versions=versions | {"python": sys.version.split()[0]}, settings=vars(args))
-    write_file(args.out / "metrics.json", json.dumps(metrics, indent=1, default=str).encode())
+                    precision=str(precision), versions=versions | {"python": sys.version.split()[0]},
+                    settings={key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()})
+    write_file(args.out / "metrics.json", json.dumps(metrics, indent=1).encode())
     if NOTEBOOK:
         from IPython.display import display
 
@@ -1122,9 +1147,10 @@ def run(args):
 def main(argv=None):
     """The command line, `argv` its words; returns the metrics as a dict.
 
-    A mistake of the user's ends with one line and status 2, Ctrl-C with status 130. In a notebook they are exceptions that
-    show as one line, and without `argv` the kernel's own arguments are left alone.
+    A mistake of the user's ends with one line and status 2, Ctrl-C with status 130, SIGTERM with 143. In a notebook they
+    are exceptions that show as one line, and without `argv` the kernel's own arguments are left alone.
     """
+    status = 2
     try:
         return run(parse_arguments([] if argv is None and NOTEBOOK else argv))
     except UserError as error:
@@ -1133,18 +1159,24 @@ def main(argv=None):
         message = "error: the GPU is out of memory; lower --batch-size or --width"
     except OSError as error:
         message = f"error: {error}; make room, or give another --out"
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        status = stop.args[0] if stop.args else 130
         message = "stopped; the same command with --resume goes on after the last whole epoch, if there was one"
     live()
     if NOTEBOOK:
         raise UserError(message)
     print(message, file=sys.stderr)
-    raise SystemExit(2 if message.startswith("error") else 130)
+    raise SystemExit(status)
+
+
+def terminate(*_):
+    """Of SIGTERM, which Kaggle and Slurm send before they take the machine away."""
+    raise KeyboardInterrupt(143)
 
 
 if __name__ == "__main__":
     if "__file__" in globals():
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # Kaggle and Slurm send it before they take the machine away
+        signal.signal(signal.SIGTERM, terminate)
         main()
     else:
         print('unet_nuclei is ready. To train, run in the next cell: main(["--boundary", "--epochs", "10"])')
