@@ -155,6 +155,11 @@ def test_depth_target_softens_the_boundary_target():
     assert np.all(np.diff(foreground[7, 2:8]) > 0)
 
 
+def test_depth_target_of_a_crop_within_one_nucleus():
+    target = un.depth_target(np.full((8, 8), 3))
+    assert target.dtype == torch.float32 and target.mean((1, 2)).tolist() == [0, 1, 0]
+
+
 def test_separated_target_opens_the_seam_only():
     assert un.separated_target(MASK)[0].tolist() == [
         [0, 0, 0, 0, 0, 0, 0, 0],

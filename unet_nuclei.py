@@ -392,13 +392,15 @@ def depth_target(mask):
     has one summit to find it by, and the whole nucleus, not a few pixels, teaches where two of them meet.
     """
     mask = np.asarray(mask)
-    core = boundary_target(mask).numpy() == 1
-    # the mean of two distances in whole pixels is within a tenth of Euclid's and takes a quarter of its time
-    distance = ndimage.distance_transform_cdt(core, "chessboard") + ndimage.distance_transform_cdt(core, "taxicab") + 1
-    deepest = np.zeros(int(mask.max()) + 1, distance.dtype)
-    np.maximum.at(deepest, mask.ravel(), distance.ravel())
     background = (mask == 0).astype(np.float32)
-    foreground = np.where(mask > 0, distance / deepest[mask], 0).astype(np.float32)
+    core = (mask > 0) & ~find_boundaries(mask, mode="inner")
+    # the mean of two distances in whole pixels is within a tenth of Euclid's and takes a quarter of its time
+    distance = ndimage.distance_transform_cdt(core, "chessboard") + ndimage.distance_transform_cdt(core, "taxicab")
+    distance = distance.clip(0).astype(np.float32) + 1  # where no rim is in sight both are -1
+    deepest = np.zeros(int(mask.max()) + 1, np.float32)
+    np.maximum.at(deepest, mask.ravel(), distance.ravel())
+    deepest[0] = np.inf
+    foreground = distance / deepest[mask]
     return torch.from_numpy(np.stack([background, foreground, 1 - background - foreground]))
 
 
