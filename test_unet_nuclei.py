@@ -74,6 +74,7 @@ def test_unet_upsamples_and_concatenates_skips():
     torch.manual_seed(0)
     model, image, results = un.UNet(1, 3, 4), torch.randn(2, 1, 64, 64), []
     for parts in {}, AS_LAYERS:
+        torch.manual_seed(0)  # the same channels dropped
         model.zero_grad()
         with replaced(parts):
             logits = model(image)
@@ -100,6 +101,21 @@ def test_unet_shapes(inputs, outputs, width, height, breadth):
     logits = model(torch.randn(2, inputs, height, breadth))
     assert logits.shape == (2, outputs, height, breadth) and logits.dtype == torch.float32
     assert levels == [(width << i, height >> i, breadth >> i) for i in range(5)]
+
+
+def test_unet_drops_channels_of_the_deepest_level_in_training_only(monkeypatch):
+    model, image = un.UNet(1, 1, 4), torch.randn(2, 1, 64, 64)
+    assert not torch.equal(model(image), model(image))
+    model.eval()
+    assert torch.equal(model(image), model(image))
+    monkeypatch.setattr(un, "DROPOUT", 0.0)
+    model.train()
+    assert torch.equal(model(image), model(image))
+
+
+def test_unet_gives_the_extra_channels_in_training_only():
+    model, image = un.UNet(1, 3, 4, extra=2), torch.randn(2, 1, 32, 32)
+    assert model(image).shape == (2, 5, 32, 32) and model.eval()(image).shape == (2, 3, 32, 32)
 
 
 def test_unet_refuses_sides_it_cannot_halve_four_times():
@@ -160,6 +176,16 @@ def test_depth_target_of_a_crop_within_one_nucleus():
     assert target.dtype == torch.float32 and target.mean((1, 2)).tolist() == [0, 1, 0]
 
 
+def test_offset_target_leads_away_from_the_centre_of_each_nucleus():
+    mask = squares((2, 2, 5, 9), (2, 11, 5, 9))
+    rows, columns = offsets = un.offset_target(mask).numpy() * 45**0.5
+    assert not offsets[:, mask == 0].any()
+    np.testing.assert_allclose(rows[2:7, 6], range(-2, 3), atol=1e-5)
+    np.testing.assert_allclose(columns[4, 2:20], [*range(-4, 5)] * 2, atol=1e-5)  # with a jump where the two touch
+    mirrored = un.offset_target(np.pad(mask, ((0, 0), (0, 40)), mode="symmetric")).numpy() * 45**0.5
+    np.testing.assert_allclose(np.abs(mirrored[:, :, :39:-1]), np.abs(offsets), atol=1e-5)  # not from between the two images
+
+
 def test_separated_target_opens_the_seam_only():
     assert un.separated_target(MASK)[0].tolist() == [
         [0, 0, 0, 0, 0, 0, 0, 0],
@@ -173,7 +199,7 @@ def test_separated_target_opens_the_seam_only():
 def test_targets_of_an_empty_mask():
     empty = np.zeros((8, 8), int)
     assert un.foreground_target(empty).sum() == un.boundary_target(empty).sum() == un.separated_target(empty).sum() == 0
-    assert un.depth_target(empty)[0].min() == 1
+    assert un.nucleus_target(empty).mean((1, 2)).tolist() == [1, 0, 0, 0, 0]
 
 
 # ---------------------------------------------------------------- dataset
@@ -229,6 +255,15 @@ def test_augment_keeps_image_and_mask_together():
 
 
 # ---------------------------------------------------------------- scores
+def test_loss_of_offsets_is_their_squared_error_within_nuclei():
+    target = un.nucleus_target(squares((2, 2, 5, 9), shape=(16, 16)))[None]
+    classes = target[:, :3].clamp(1e-6).log()
+    plain = un.loss_function(classes, target)
+    assert un.loss_function(torch.cat([classes, target[:, 3:]], 1), target) == plain
+    off = un.loss_function(torch.cat([classes, target[:, 3:] + 1], 1), target)  # by one everywhere
+    torch.testing.assert_close(off - plain, torch.tensor(un.OFFSET_WEIGHT * 2 * 45 / 256))
+
+
 def test_dice_by_hand():
     logits, target = torch.tensor([[[[30.0, 30.0], [-30.0, -30.0]]]]), torch.tensor([[[[1.0, 0.0], [1.0, 0.0]]]])
     assert un.dice_score(logits, target).item() == pytest.approx(0.5)
@@ -1042,7 +1077,7 @@ def script_steps(width, n, batch=4):
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     samples = un.synthetic(0)[0][:20]
     images, masks = [un.rescale(s.image) for s in samples], [s.mask for s in samples]
-    dataset = un.NucleiDataset(images, masks, None, un.depth_target, un.augment)
+    dataset = un.NucleiDataset(images, masks, None, un.nucleus_target, un.augment)
     loader = torch.utils.data.DataLoader(dataset, batch, sampler=[i % 20 for i in range(n)])
     fixed = [next(iter(loader))] * (n // batch)
     un.train_epoch(model, fixed[:1], optimizer, schedule, scaler)
@@ -1141,6 +1176,8 @@ WITHOUT = {  # names of the script and what they are replaced by, for training a
     "hard classes, in place of the depth": {"depth_target": hard_target},
     "nuclei weighted 1, in place of 4": {"NUCLEUS_WEIGHT": 1.0, "BOUNDARY_THRESHOLDS": UNWEIGHTED},
     "flips and turns only, for augmentation": {"augment": turned},
+    "no channels dropped": {"DROPOUT": 0.0},
+    "no offsets to learn": {"OFFSET_WEIGHT": 0.0},
     "gray levels / 255, in place of percentiles": {"rescale": lambda image: np.asarray(image, np.float32) / 255},
 }
 WITHOUT_AT_PREDICTION = {  # the same for scoring the script's own network
