@@ -395,7 +395,7 @@ def depth_target(mask):
     """
     mask = np.asarray(mask)
     background = (mask == 0).astype(np.float32)
-    core = (mask > 0) & ~find_boundaries(mask, mode="inner")
+    core = boundary_target(mask).numpy() == 1
     # the mean of two distances in whole pixels is within a tenth of Euclid's and takes a quarter of its time
     distance = ndimage.distance_transform_cdt(core, "chessboard") + ndimage.distance_transform_cdt(core, "taxicab")
     distance = distance.clip(0).astype(np.float32) + 1  # where no rim is in sight both are -1
@@ -506,7 +506,7 @@ def loss_function(logits, target):
     if logits.shape[1] == 1:
         return F.binary_cross_entropy_with_logits(logits, target)
     loss = F.cross_entropy(logits[:, :3], target[:, :3], logits.new_tensor([1, NUCLEUS_WEIGHT, NUCLEUS_WEIGHT]))
-    error = (logits[:, 3:] - target[:, 3 : logits.shape[1]]) ** 2
+    error = (logits[:, 3:] - target[:, 3:]) ** 2  # of no channel in validation
     return loss + OFFSET_WEIGHT * (error * (1 - target[:, :1])).sum(1).mean()
 
 
@@ -684,7 +684,7 @@ def segment(model, image):
 class Muon(torch.optim.Adam):
     """Adam, but kernels between hidden channels step along their momentum made orthogonal (Jordan et al. 2024, Muon).
 
-    All directions of a kernel learn at one pace, `lr`; what is left (the first layer, a last one of less than four channels,
+    All directions of a kernel learn at one pace, `lr`; what is left (the first layer, a last one of fewer than four channels,
     biases, normalization) follows Adam at 0.06 of it, as do kernels of more than 512 channels, where the product of matrices
     would cost more than it gives. Validation AP at IoU 0.5: 0.831, with Adam alone 0.795.
     """
@@ -872,8 +872,8 @@ def run_training(args, samples, checksum, device, precision):
     settings = dict(boundary=args.boundary, width=args.width,
                     normalization={"mean": float(pixels.mean()), "std": float(pixels.std()) or 1.0},
                     thresholds=(BOUNDARY_THRESHOLDS if args.boundary else FOREGROUND_THRESHOLDS) | {"smallest": smallest})
-    make_target = nucleus_target if args.boundary else separated_target
-    dataset = NucleiDataset(images, masks, partial(standardize, normalization=settings["normalization"]), make_target, augment)
+    to_learn, to_predict = (nucleus_target, depth_target) if args.boundary else (separated_target, separated_target)
+    dataset = NucleiDataset(images, masks, partial(standardize, normalization=settings["normalization"]), to_learn, augment)
 
     torch.manual_seed(args.seed)
     model = network = build_model(settings, device, precision)
@@ -910,7 +910,7 @@ def run_training(args, samples, checksum, device, precision):
         seconds = time.time() - start
         if RANK:
             continue
-        val_loss, val_dice, val_f1 = validate(model, validation, make_target)
+        val_loss, val_dice, val_f1 = validate(model, validation, to_predict)
         require(math.isfinite(val_loss), f"the validation loss is {val_loss} after epoch {epoch}; start again with a lower --lr")
         row = dict(epoch=epoch, train_loss=train_loss, val_loss=val_loss, train_dice=train_dice, val_dice=val_dice, val_f1=val_f1,
                    lr=optimizer.param_groups[0]["lr"], seconds=seconds, images_per_second=WORLD_SIZE * len(crops) / seconds)
