@@ -221,19 +221,18 @@ def synthetic(seed):
 def download(target):
     """Fetch the released zip, check it, and unpack it as the folder `target`."""
     say(f"downloading {DATA_URL}")
-    with tempfile.TemporaryFile() as archive:
-        try:
-            with urllib.request.urlopen(DATA_URL, timeout=60) as reply:
-                while block := reply.read(4 << 20):
-                    archive.write(block)
-                    say(f"{archive.tell() / 1e6:.0f} MB")
-        except Exception as error:
-            raise UserError(f"no data at {target}, and {DATA_URL} cannot be fetched ({error}): switch the internet on, give the "
-                            "data with --data PATH, or use --data synthetic") from None
-        archive.seek(0)
-        require(hashlib.sha256(archive.read()).hexdigest() == DATA_SHA256,
-                "the download is incomplete or not the released file; run again, or give --data PATH")
-        unpack(archive, target)
+    archive = io.BytesIO()
+    try:
+        with urllib.request.urlopen(DATA_URL, timeout=60) as reply:
+            while block := reply.read(4 << 20):
+                archive.write(block)
+                say(f"{archive.tell() / 1e6:.0f} MB")
+    except Exception as error:
+        raise UserError(f"no data at {target}, and {DATA_URL} cannot be fetched ({error}): switch the internet on, give the "
+                        "data with --data PATH, or use --data synthetic") from None
+    require(hashlib.sha256(archive.getbuffer()).hexdigest() == DATA_SHA256,
+            "the download is incomplete or not the released file; run again, or give --data PATH")
+    unpack(archive, target)
 
 
 def unpack(archive, target):
@@ -399,8 +398,8 @@ def depth_target(mask):
     # the mean of two distances in whole pixels is within a tenth of Euclid's and takes a quarter of its time
     distance = ndimage.distance_transform_cdt(core, "chessboard") + ndimage.distance_transform_cdt(core, "taxicab")
     distance = distance.clip(0).astype(np.float32) + 1  # where no rim is in sight both are -1
-    deepest = np.zeros(int(mask.max()) + 1, np.float32)
-    np.maximum.at(deepest, mask.ravel(), distance.ravel())
+    deepest = np.ones(int(mask.max()) + 1, np.float32)
+    np.maximum.at(deepest, mask[core], distance[core])
     deepest[0] = np.inf
     foreground = distance / deepest[mask]
     return torch.from_numpy(np.stack([background, foreground, 1 - background - foreground]))
@@ -412,13 +411,13 @@ def offset_target(mask):
     Outside 0. Where nuclei touch, the offsets jump (the maps of HoVer-Net, Graham et al. 2019, arXiv 1812.06499).
     """
     nuclei = label(mask, connectivity=1)  # a nucleus and its mirror images in a shrunken crop are several
-    flat, offsets = nuclei.ravel(), []
-    areas = np.maximum(np.bincount(flat), 1)
-    scale = (np.arange(len(areas)) > 0) / np.sqrt(areas)
-    for position in np.indices(nuclei.shape):
-        centers = np.bincount(flat, position.ravel()) / areas
-        offsets.append((position - centers[nuclei]) * scale[nuclei])
-    return torch.from_numpy(np.stack(offsets).astype(np.float32))
+    pixels = nuclei.nonzero()
+    ids, offsets = nuclei[pixels], np.zeros((2, *nuclei.shape), np.float32)
+    areas = np.maximum(np.bincount(ids), 1)
+    for offset, position in zip(offsets, pixels):
+        centers = np.bincount(ids, position) / areas
+        offset[pixels] = (position - centers[ids]) / np.sqrt(areas)[ids]
+    return torch.from_numpy(offsets)
 
 
 def nucleus_target(mask):
