@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -1132,6 +1133,11 @@ def limits(checkpoint, data):
         shape = tuple(int(side * factor) for side in image.shape)
         return un.resize(image.astype(np.float32), shape), un.resize(mask, shape)
 
+    def grained(factor, sigma, after, image, mask):  # coarse chromatin, then blurred
+        image, mask = sized(factor, image, mask)
+        grain, dark = blur(rng.normal(size=image.shape), sigma), np.percentile(image, 1)
+        return blur(dark + (image - dark) * np.exp(0.4 * grain / grain.std()), after), mask
+
     changes = {"as they are": lambda image: image, "16 bit, x257": lambda image: image.astype(np.uint16) * 257,
                "ten times dimmer, rounded": lambda image: (image / 10).round().astype(np.uint8),
                "photon noise, 50 at the brightest": photons(50), "photon noise, 12 at the brightest": photons(12),
@@ -1140,6 +1146,9 @@ def limits(checkpoint, data):
     changes = {name: lambda image, mask, f=f: (f(image), mask) for name, f in changes.items()}
     for name, factor in ("halved", 0.5), ("magnified 2x", 2), ("magnified 3x", 3):
         changes[name] = lambda image, mask, factor=factor: sized(factor, image, mask)
+    for name, factor, grain in ("grain of 1.5 pixels", 1, 1.5), ("magnified 3x, grain of 3 pixels", 3, 3):
+        for end, after in ("", 0), (f", then blur, sigma {2 * grain:g}", 2 * grain):
+            changes[name + end] = partial(grained, factor, grain, after)
     model, samples = un.load_model(checkpoint, *un.choose_device("cpu", "auto")), un.load_data(data)[0][19::20]
     for name, change in changes.items():
         changed = [un.Sample(s.name, *change(s.image, s.mask)) for s in samples]
