@@ -1145,7 +1145,7 @@ def limits(checkpoint, data):
                "blur, sigma 2": lambda image: blur(image.astype(np.float32), 2)}
     changes = {name: lambda image, mask, f=f: (f(image), mask) for name, f in changes.items()}
     for name, factor in ("halved", 0.5), ("magnified 2x", 2), ("magnified 3x", 3):
-        changes[name] = lambda image, mask, factor=factor: sized(factor, image, mask)
+        changes[name] = partial(sized, factor)
     for name, factor, grain in ("grain of 1.5 pixels", 1, 1.5), ("magnified 3x, grain of 3 pixels", 3, 3):
         for end, after in ("", 0), (f", then blur, sigma {2 * grain:g}", 2 * grain):
             changes[name + end] = partial(grained, factor, grain, after)
