@@ -343,6 +343,14 @@ def test_touching_nuclei_come_apart_and_cover_their_rims():
             assert un.match_counts(instances, mask, 0.9) == (mask.max(), 0, 0)
 
 
+@pytest.mark.parametrize("peak", [1, 0.9999, 0.96])  # beside another of 1
+@pytest.mark.parametrize("saddle, nuclei", [(0.93, 1), (0.8, 2)])
+def test_two_peaks_are_two_nuclei_only_across_a_deep_pass(peak, saddle, nuclei):
+    along = np.interp(np.arange(61), [0, 20, 30, 40, 60], [0, 1, saddle, peak, 0])
+    foreground = np.outer(np.interp(np.arange(41), [0, 20, 40], [0, 1, 0]), along)
+    assert un.instance_segmentation(foreground, np.where(foreground > 0, 1 - foreground, 0)).max() == nuclei
+
+
 def test_instances_of_nothing_and_of_unequal_maps():
     assert un.instance_segmentation(np.zeros((20, 30)), np.zeros((20, 30))).max() == 0
     with pytest.raises(ValueError, match="shapes"):

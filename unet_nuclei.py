@@ -42,7 +42,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import maximum_bipartite_matching
 from skimage.draw import ellipse
 from skimage.measure import label
-from skimage.morphology import reconstruction
+from skimage.morphology import local_maxima, reconstruction
 from skimage.segmentation import find_boundaries, relabel_sequential, watershed
 from torch import nn
 from torch.nn.utils import fuse_conv_bn_eval
@@ -618,8 +618,11 @@ def connected_components(foreground_prediction, threshold=0.5):
 
 
 def summits(depth, rise, tile=TILE):
-    """(H, W) bool: maxima that rise by `rise` above the pass to any higher one (h-maxima, Soille 2003, sec. 6.3)."""
-    return on_tiles(lambda part: part - reconstruction(part - rise, part) > 0.999 * rise, depth, tile)
+    """(H, W) bool: the tops of what rises by `rise` above the pass to anything higher (extended maxima, Soille 2003, sec. 6.3).
+
+    A top reaches `rise` down, so that peaks of one height with a shallower pass between them are one.
+    """
+    return on_tiles(lambda part: local_maxima(reconstruction(part - rise, part)), depth, tile)
 
 
 def instance_segmentation(foreground_prediction, boundary_prediction, threshold=0.5, rise=BOUNDARY_THRESHOLDS["rise"]):
@@ -633,7 +636,7 @@ def instance_segmentation(foreground_prediction, boundary_prediction, threshold=
         raise ValueError(f"shapes differ: {foreground.shape} and {boundary.shape}")
     inside = foreground + boundary > threshold
     depth = ndimage.gaussian_filter(foreground, 1)
-    return watershed(-depth, label(summits(depth, rise) & inside), mask=inside).astype(np.int32)
+    return watershed(-depth, np.where(inside, label(summits(depth, rise)), 0), mask=inside).astype(np.int32)
 
 
 def decode(probabilities, thresholds):
