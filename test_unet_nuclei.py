@@ -351,7 +351,8 @@ def test_two_peaks_are_two_nuclei_only_across_a_deep_pass(peak, saddle, nuclei):
     assert un.instance_segmentation(foreground, np.where(foreground > 0, 1 - foreground, 0)).max() == nuclei
 
 
-def test_instances_of_nothing_and_of_unequal_maps():
+def test_instances_of_plain_and_of_unequal_maps():
+    assert (un.instance_segmentation(np.full((20, 30), 0.9), np.zeros((20, 30))) == 1).all()
     assert un.instance_segmentation(np.zeros((20, 30)), np.zeros((20, 30))).max() == 0
     with pytest.raises(ValueError, match="shapes"):
         un.instance_segmentation(np.zeros((20, 30)), np.zeros((30, 20)))

@@ -622,7 +622,11 @@ def summits(depth, rise, tile=TILE):
 
     A top reaches `rise` down, so that peaks of one height with a shallower pass between them are one.
     """
-    return on_tiles(lambda part: local_maxima(reconstruction(part - rise, part)), depth, tile)
+    def tops(part):
+        lowered = np.pad(reconstruction(part - rise, part), 1, constant_values=-np.inf)  # else a part all of one height has none
+        return local_maxima(lowered)[1:-1, 1:-1]
+
+    return on_tiles(tops, depth, tile)
 
 
 def instance_segmentation(foreground_prediction, boundary_prediction, threshold=0.5, rise=BOUNDARY_THRESHOLDS["rise"]):
