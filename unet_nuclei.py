@@ -718,8 +718,9 @@ class Muon(torch.optim.Adam):
 def orthogonalize(matrix):
     """(m, n), m <= n -> the matrix of the same singular vectors with the singular values brought towards 1, 1.2 at most.
 
-    Three steps of Jordan's Newton-Schulz iteration, in (m, m) products; five train no better (held-out AP 0.841 with three,
-    0.835 and 0.842 with five). In bfloat16 singular values reached 3.9 and training failed.
+    Jordan's Newton-Schulz iteration, in (m, m) products. Three steps are enough up to 256 rows (held-out AP at width 16: 0.841,
+    with five 0.835 and 0.842); of the gradients of 512 rows they leave the median singular value at 0.1, five bring it to 0.8.
+    In bfloat16 singular values reached 3.9 and training failed.
     """
     identity = torch.eye(len(matrix), device=matrix.device)
 
@@ -729,7 +730,7 @@ def orthogonalize(matrix):
     unit = matrix / (matrix.norm() + 1e-12)
     gram = unit @ unit.T
     result = factor = polynomial(gram)
-    for _ in range(2):
+    for _ in range(2 if len(matrix) <= 256 else 4):
         gram = factor @ gram @ factor
         factor = polynomial(gram)
         result = factor @ result
