@@ -354,6 +354,7 @@ def test_two_peaks_are_two_nuclei_only_across_a_deep_pass(peak, saddle, nuclei):
 def test_instances_of_plain_and_of_unequal_maps():
     assert (un.instance_segmentation(np.full((20, 30), 0.9), np.zeros((20, 30))) == 1).all()
     assert un.instance_segmentation(np.zeros((20, 30)), np.zeros((20, 30))).max() == 0
+    assert un.instance_segmentation(np.full((20, 30), np.nan), np.zeros((20, 30))).max() == 0
     with pytest.raises(ValueError, match="shapes"):
         un.instance_segmentation(np.zeros((20, 30)), np.zeros((30, 20)))
 
@@ -808,9 +809,10 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path, monkey
     assert un.load_checkpoint(path, dict) == {"n": 1} and os.listdir(tmp_path) == ["last.pt"]
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+@pytest.mark.parametrize("kind", [[], ["--boundary"]], ids=["foreground", "boundary"])
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, kind):
     write_data(tmp_path / "data")
-    status, _, err = run(*SMALL, "--epochs", "5", "--lr", "1e30", "--out", "out", cwd=tmp_path)
+    status, _, err = run(*SMALL, *kind, "--epochs", "5", "--lr", "1e30", "--out", "out", cwd=tmp_path, timeout=300)
     assert status == 2 and "epoch" in err and "--lr" in err and len(err.splitlines()) == 1
     if (tmp_path / "out/last.pt").exists():
         assert all(v.isfinite().all() for v in un.load_checkpoint(tmp_path / "out/last.pt", dict)["model"].values())
@@ -934,6 +936,7 @@ INPUTS = [  # name, what is done to a good data folder, a word of the one line (
     ("float image", edit("images", lambda image: image.astype(np.float32) / 1000), None),
     ("float with NaN", edit("images", nan), "NaN"),
     ("float with infinity", edit("images", lambda image: np.where(image > image.mean(), np.inf, 0)), "infinite"),
+    ("float beyond float32", edit("images", lambda image: image * 1e300), "huge"),
     ("constant image", edit("images", lambda image: image * 0 + 7), None),
     ("mask all background", edit("masks", lambda mask: mask * 0), None),
     ("negative ids", edit("masks", lambda mask: -mask.astype(np.int16)), "negative"),

@@ -123,7 +123,7 @@ def read_image(path, ids=False):
         require(gray or not ids, f"{path} is coloured; a mask is a gray image in which each nucleus has an id of its own")
         array = colors[..., 0] if gray else colors.mean(-1, dtype=np.float32)
     require(array.ndim == 2 and array.size, f"{path} is {array.shape}, not a 2-D image; save each plane of a stack on its own")
-    require(np.isfinite(array).all(), f"{path} holds NaN or infinite pixels; replace them, for example with numpy.nan_to_num")
+    require((abs(array) < 1e38).all(), f"{path} holds NaN, infinite or huge pixels; replace them, as numpy.nan_to_num does")
     return array
 
 
@@ -633,9 +633,10 @@ def instance_segmentation(foreground_prediction, boundary_prediction, threshold=
     """(H, W) probabilities of foreground and boundary -> (H, W) int32 instance ids, 0 is background.
 
     Nuclei are where foreground and boundary together exceed the threshold, so that they cover their rims; a watershed
-    shares them out between the summits of the foreground, smoothed a little. ValueError if the shapes differ.
+    shares them out between the summits of the foreground, smoothed a little. NaN counts as 0. ValueError if the shapes differ.
     """
-    foreground, boundary = np.asarray(foreground_prediction, np.float32), np.asarray(boundary_prediction, np.float32)
+    # of weights that diverged all is NaN, on which skimage's reconstruction never ends
+    foreground, boundary = (np.nan_to_num(np.asarray(p, np.float32)) for p in (foreground_prediction, boundary_prediction))
     if foreground.shape != boundary.shape:
         raise ValueError(f"shapes differ: {foreground.shape} and {boundary.shape}")
     inside = foreground + boundary > threshold
