@@ -635,12 +635,12 @@ def instance_segmentation(foreground_prediction, boundary_prediction, threshold=
     Nuclei are where foreground and boundary together exceed the threshold, so that they cover their rims; a watershed
     shares them out between the summits of the foreground, smoothed a little. NaN counts as 0. ValueError if the shapes differ.
     """
-    # of weights that diverged all is NaN, on which skimage's reconstruction never ends
-    foreground, boundary = (np.nan_to_num(np.asarray(p, np.float32)) for p in (foreground_prediction, boundary_prediction))
+    foreground, boundary = np.asarray(foreground_prediction, np.float32), np.asarray(boundary_prediction, np.float32)
     if foreground.shape != boundary.shape:
         raise ValueError(f"shapes differ: {foreground.shape} and {boundary.shape}")
     inside = foreground + boundary > threshold
-    depth = ndimage.gaussian_filter(foreground, 1)
+    # weights that diverged give NaN, on which skimage's reconstruction never ends
+    depth = ndimage.gaussian_filter(np.nan_to_num(foreground), 1)
     return watershed(-depth, np.where(inside, label(summits(depth, rise)), 0), mask=inside).astype(np.int32)
 
 
