@@ -1172,6 +1172,29 @@ def limits(checkpoint, data):
         print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
 
 
+def kinds(data, without="the script as it is", width="16", epochs="10"):
+    """Print scores, seed 0 / seed 1, on the training images of sizes that training left out: other cells and microscopes.
+
+    without: a row of `WITHOUT`.
+    """
+    train, sizes = un.load_data(data)[0], {(256, 256), (256, 320), (520, 696)}
+    known, strange = ([sample for sample in train if (sample.image.shape in sizes) == kept] for kept in (True, False))
+    rows = {}
+    for seed in "01":
+        with tempfile.TemporaryDirectory() as out, replaced(WITHOUT[without] | {"load_data": lambda *_: (known, strange)}):
+            with contextlib.redirect_stdout(sys.stderr):
+                scores = {"together": un.main(["--boundary", "--width", width, "--epochs", epochs, "--seed", seed, "--out", out])}
+            model = un.load_model(Path(out, "model.pt"), *un.choose_device("cpu", "auto"))
+            for shape in sorted({sample.image.shape for sample in strange}):
+                of_shape = [sample for sample in strange if sample.image.shape == shape]
+                scores["{} x {}".format(*shape)], _ = un.evaluate(model, of_shape)
+        for name, score in scores.items():
+            cells = [f"{score[key]:.3f}" for key in ("f1@0.5", "ap@0.5", "ap@0.5:0.95")]
+            rows.setdefault(f"{name} | {score['n_images']} | {score['n_objects']}", []).append(cells)
+    for name, seeds in rows.items():
+        print(f"| {name} | " + " | ".join(map(" / ".join, zip(*seeds))) + " |")
+
+
 # ---------------------------------------------------------------- the README's table of what each part gives
 def hard_target(mask):
     return torch.nn.functional.one_hot(un.boundary_target(mask), 3).permute(2, 0, 1).float()
@@ -1238,4 +1261,4 @@ def replaced(parts):
 
 
 if __name__ == "__main__" and sys.argv[1:]:
-    {"bench": bench, "limits": limits, "ablation": ablation}[sys.argv[1]](*sys.argv[2:])
+    {"bench": bench, "limits": limits, "kinds": kinds, "ablation": ablation}[sys.argv[1]](*sys.argv[2:])

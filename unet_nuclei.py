@@ -123,6 +123,7 @@ def read_image(path, ids=False):
         require(gray or not ids, f"{path} is coloured; a mask is a gray image in which each nucleus has an id of its own")
         array = colors[..., 0] if gray else colors.mean(-1, dtype=np.float32)
     require(array.ndim == 2 and array.size, f"{path} is {array.shape}, not a 2-D image; save each plane of a stack on its own")
+    # beyond, differences of pixels overflow float32
     require((abs(array) < np.float32(1e38)).all(), f"{path} holds NaN, infinite or huge pixels; replace them by a gray level")
     return array
 
