@@ -1168,8 +1168,7 @@ def limits(checkpoint, data):
         scores, _ = un.evaluate(model, changed)
         with replaced(WITHOUT_AT_PREDICTION["no second look"]):
             once, _ = un.evaluate(model, changed)
-        cells = [f"{scores[key]:.3f}" for key in ("f1@0.5", "ap@0.5", "ap@0.5:0.95")] + [f"{once['ap@0.5']:.3f}"]
-        print(f"| {name} | " + " | ".join(cells) + " |", flush=True)
+        print(f"| {name} | " + " | ".join([*cells(scores), cells(once)[1]]) + " |", flush=True)
 
 
 def kinds(data, without="the script as it is", width="16", epochs="10"):
@@ -1181,18 +1180,14 @@ def kinds(data, without="the script as it is", width="16", epochs="10"):
     known, strange = ([sample for sample in train if (sample.image.shape in sizes) == kept] for kept in (True, False))
     rows = {}
     for seed in "01":
-        with tempfile.TemporaryDirectory() as out, replaced(WITHOUT[without] | {"load_data": lambda *_: (known, strange)}):
-            with contextlib.redirect_stdout(sys.stderr):
-                scores = {"together": un.main(["--boundary", "--width", width, "--epochs", epochs, "--seed", seed, "--out", out])}
-            model = un.load_model(Path(out, "model.pt"), *un.choose_device("cpu", "auto"))
+        with network(WITHOUT[without], known, strange, width, epochs, seed) as (model, together):
+            scores = {"together": together}
             for shape in sorted({sample.image.shape for sample in strange}):
                 of_shape = [sample for sample in strange if sample.image.shape == shape]
                 scores["{} x {}".format(*shape)], _ = un.evaluate(model, of_shape)
         for name, score in scores.items():
-            cells = [f"{score[key]:.3f}" for key in ("f1@0.5", "ap@0.5", "ap@0.5:0.95")]
-            rows.setdefault(f"{name} | {score['n_images']} | {score['n_objects']}", []).append(cells)
-    for name, seeds in rows.items():
-        print(f"| {name} | " + " | ".join(map(" / ".join, zip(*seeds))) + " |")
+            rows.setdefault(f"{name} | {score['n_images']} | {score['n_objects']}", []).append(cells(score))
+    print_rows(rows)
 
 
 # ---------------------------------------------------------------- the README's table of what each part gives
@@ -1232,23 +1227,36 @@ def ablation(data, width="16", epochs="1"):
     """Print scores of networks trained without one part of the script, seed 0 / seed 1, on validation and test images."""
     train, test = un.load_data(data)
     validation = train[19::20]
-    keys = ("f1@0.5", "ap@0.5", "ap@0.5:0.95")
     print("| | validation F1 | AP | AP 0.5:0.95 | test F1 | AP | AP 0.5:0.95 |\n" + "| --- " * 7 + "|")
     for name, parts in WITHOUT.items():
         rows = {name: {}} if parts else {name: {}, **WITHOUT_AT_PREDICTION}
         scores = {row: [] for row in rows}
         for seed in "01":
-            with tempfile.TemporaryDirectory() as out, replaced(parts):
-                words = ["--boundary", "--data", data, "--width", width, "--epochs", epochs, "--seed", seed, "--out", out]
-                with contextlib.redirect_stdout(sys.stderr):
-                    tested = un.main(words)  # these scores need not be computed again
-                model = un.load_model(Path(out, "model.pt"), *un.choose_device("cpu", "auto"))
+            with network(parts, train, test, width, epochs, seed) as (model, tested):
                 for row, more in rows.items():
-                    with replaced(more):
+                    with replaced(more):  # the network's own test scores need not be computed again
                         both = un.evaluate(model, validation)[0], un.evaluate(model, test)[0] if more else tested
-                    scores[row].append([f"{score[key]:.3f}" for score in both for key in keys])
-        for row, seeds in scores.items():
-            print(f"| {row} | " + " | ".join(map(" / ".join, zip(*seeds))) + " |", flush=True)
+                    scores[row].append([cell for score in both for cell in cells(score)])
+        print_rows(scores)
+
+
+def cells(scores):
+    return [f"{scores[key]:.3f}" for key in ("f1@0.5", "ap@0.5", "ap@0.5:0.95")]
+
+
+def print_rows(rows):
+    """Rows of a table, in each cell the values of all seeds."""
+    for name, seeds in rows.items():
+        print(f"| {name} | " + " | ".join(map(" / ".join, zip(*seeds))) + " |", flush=True)
+
+
+@contextlib.contextmanager
+def network(parts, train, test, width, epochs, seed):
+    """(boundary model, its test scores), trained with some names of the script replaced, which they are until the end."""
+    with tempfile.TemporaryDirectory() as out, replaced(parts | {"load_data": lambda *_: (train, test)}):
+        with contextlib.redirect_stdout(sys.stderr):
+            tested = un.main(["--boundary", "--width", width, "--epochs", epochs, "--seed", seed, "--out", out])
+        yield un.load_model(Path(out, "model.pt"), *un.choose_device("cpu", "auto")), tested
 
 
 @contextlib.contextmanager
