@@ -445,9 +445,10 @@ def test_typical_size_hardly_minds_crumbs():
     assert un.typical_size(squares((0, 0, 10, 10), (0, 15, 10, 10), *crumbs)) == 10
 
 
-@pytest.mark.parametrize("side, most, magnified, best", [
-    (8, 500**2, [500], 500), (8, 500**2, [500], 200), (8, 499**2, [], 200), (25, 500**2, [], 200), (25, 500**2, [], 70)])
-def test_of_several_looks_the_one_that_agrees_best_is_kept(monkeypatch, side, most, magnified, best):
+@pytest.mark.parametrize("side, most, second, best", [
+    (8, 500**2, [500], 500), (8, 500**2, [500], 140), (8, 499**2, [], 200), (25, 500**2, [], 200), (25, 500**2, [], 70),
+    (70, 500**2, [86], 86), (70, 500**2, [86], 50)])
+def test_of_several_looks_the_one_that_agrees_best_is_kept(monkeypatch, side, most, second, best):
     mask, looks = squares((5, 5, side, side), (5, 100, side, side), shape=(200, 200)), []
 
     def predict(model, image):  # in the best look, nuclei as they ought to look; else one alone, and vaguely
@@ -458,11 +459,11 @@ def test_of_several_looks_the_one_that_agrees_best_is_kept(monkeypatch, side, mo
         return seen
 
     monkeypatch.setattr(un, "predict", predict)
-    monkeypatch.setattr(un, "MOST", most)  # pixels of a magnified image
+    monkeypatch.setattr(un, "MOST", most)  # pixels of a resized image
     thresholds = un.BOUNDARY_THRESHOLDS | {"smallest": 5}
     settings = {"boundary": True, "width": 1, "thresholds": thresholds, "normalization": {"mean": 0, "std": 1}}
     instances, probabilities = un.segment(un.build_model(settings, CPU, torch.float32), mask * 1.0)
-    assert looks == [200, *magnified, 140, 100, 70, 50]
+    assert looks == [200, *second, 140, 100, 70, 50]
     assert un.match_counts(instances, mask, 0.7) == (2, 0, 0)
     assert probabilities.shape == (3, 200, 200)
 
@@ -1233,7 +1234,7 @@ WITHOUT = {  # names of the script and what they are replaced by, for training a
     "gray levels / 255, in place of percentiles": {"rescale": lambda image: np.asarray(image, np.float32) / 255},
 }
 WITHOUT_AT_PREDICTION = {  # the same for scoring the script's own network
-    "one look, in place of five or six": {"SHRUNKEN": (), "SMALL": 0},
+    "one look, in place of five or six": {"SMALL": 0, "LARGE": np.inf, "SHRUNKEN": ()},
     "markers: foreground above 0.5, in place of summits": {"summits": lambda depth, rise: depth > 0.5},
 }
 
