@@ -468,14 +468,16 @@ def test_of_several_looks_the_one_that_agrees_best_is_kept(monkeypatch, side, mo
     assert probabilities.shape == (3, 200, 200)
 
 
-def test_agreement_falls_with_nuclei_in_pieces_and_with_merged_ones():
+def test_agreement_falls_with_nuclei_in_pieces_merged_or_few():
     mask = squares((5, 5, 20, 20), (5, 25, 20, 20), shape=(64, 64))
     depth, merged = un.depth_target(mask).numpy(), np.minimum(mask, 1)
     pieces = np.where(np.arange(64)[:, None] < 15, mask, mask + 2 * merged)
-    assert un.agreement(mask, depth) == pytest.approx(1)
-    assert un.agreement(merged, depth) < 0.95 and un.agreement(pieces, depth) < 0.95
-    assert un.agreement(0 * mask, depth) == 0
-    assert un.agreement(merged, 0.75 * merged[None]) == pytest.approx(0.75)  # the foreground model
+    right = un.agreement(mask, depth)
+    assert right == pytest.approx((1 + 1 + 0.5) / 3)
+    assert un.agreement(merged, depth) < right - 0.05 and un.agreement(pieces, depth) < right - 0.05
+    assert un.agreement(np.where(mask == 1, mask, 0), depth) == pytest.approx((1 + 0.5) / 2)
+    assert un.agreement(0 * mask, depth) == 0.5
+    assert un.agreement(merged, 0.75 * merged[None]) == pytest.approx((0.75 + 0.5) / 2)  # the foreground model
 
 
 def test_resize_keeps_ids_and_brightness():
