@@ -70,8 +70,7 @@ FOREGROUND_THRESHOLDS = {"nucleus": 0.5, "object": 0.5, "core": 0.9}
 # 0.805, without 0.795; halved 0.85 and 0.79, magnified 3x 0.82 and 0.80. 14 to 24 for 20, and 40 and 50 for 30, are no better.
 SMALL, LARGE, MOST = 20, 30, 2**26  # MOST: pixels of the resized image, for the memory
 # Shrunken looks, one of which is taken where it agrees with itself better by ADVANTAGE. AP with them 0.805 too, with 12 photons
-# at the brightest 0.775 for 0.76, in coarse grain 0.68 for 0.53. With 0.005 or 0 in grain 0.71 or 0.72, on validation images
-# as they are 0.822 or 0.817 for 0.824.
+# at the brightest 0.775 for 0.76, in coarse grain 0.68 for 0.53; with 0.005 or 0.02 for 0.01 there 0.71 or 0.63.
 SHRUNKEN, ADVANTAGE = (0.7, 0.5, 0.35, 0.25), 0.01
 
 
