@@ -446,7 +446,7 @@ def test_typical_size_hardly_minds_crumbs():
 
 
 @pytest.mark.parametrize("side, most, second, best", [
-    (8, 500**2, [500], 500), (8, 500**2, [500], 140), (8, 499**2, [], 200), (25, 500**2, [], 200), (25, 500**2, [], 70),
+    (8, 500**2, [500], 500), (16, 500**2, [250], 140), (8, 499**2, [], 200), (25, 500**2, [], 200), (25, 500**2, [], 140),
     (70, 500**2, [86], 86), (70, 500**2, [86], 50)])
 def test_of_several_looks_the_one_that_agrees_best_is_kept(monkeypatch, side, most, second, best):
     mask, looks = squares((5, 5, side, side), (5, 100, side, side), shape=(200, 200)), []
@@ -464,7 +464,7 @@ def test_of_several_looks_the_one_that_agrees_best_is_kept(monkeypatch, side, mo
     settings = {"boundary": True, "width": 1, "thresholds": thresholds, "normalization": {"mean": 0, "std": 1}}
     instances, probabilities = un.segment(un.build_model(settings, CPU, torch.float32), mask * 1.0)
     assert looks == [200, *second, 140, 100, 70, 50]
-    assert un.match_counts(instances, mask, 0.7) == (2, 0, 0)
+    assert un.match_counts(instances, mask, 0.9) == (2, 0, 0)
     assert probabilities.shape == (3, 200, 200)
 
 

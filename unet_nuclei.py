@@ -676,9 +676,12 @@ def agreement(instances, probabilities):
     A nucleus in pieces, or two nuclei in one, would have other summits than the network saw. One more instance that half agrees
     is added, since few prove little: without it a single blob was preferred to 250 small nuclei.
     """
-    target = depth_target(instances)[1].numpy() if len(probabilities) == 3 else 1
-    error = ndimage.mean(abs(probabilities[len(probabilities) // 2] - target), instances, np.arange(1, instances.max() + 1))
-    return 1 - (np.sum(error) + 0.5) / (instances.max() + 1)
+    if len(probabilities) == 3:
+        error = abs(probabilities[1] - depth_target(instances)[1].numpy())
+    else:
+        error = 1 - probabilities[0]
+    n = instances.max()
+    return 1 - (np.sum(ndimage.mean(error, instances, np.arange(1, n + 1))) + 0.5) / (n + 1)
 
 
 def segment(model, image):
