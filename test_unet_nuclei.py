@@ -368,10 +368,11 @@ def test_components_drop_the_small_and_the_doubtful_and_grow_from_their_cores():
     nucleus = np.array([0.0, 0.95, 0.95, 0.7, 0.95, 0.95])[mask]
     nucleus[20, 20] = 0.95  # a core of one pixel
     nucleus[30:35, 34:36] = 0.6  # the seam of two that touch
-    thresholds = {"nucleus": 0.5, "core": 0.9, "object": 0.8, "smallest": 10}
-    instances = un.decode(nucleus[None], thresholds)
+    thresholds = {"nucleus": 0.5, "core": 0.9, "confidence": 0.8, "smallest": 10}
+    instances, sure = un.decode(nucleus[None], thresholds)
     assert un.match_counts(instances, mask * (mask != 2) * (mask != 3), 0.9) == (3, 0, 0)
-    assert instances.max() == 3 and un.decode(nucleus[None] * 0.9, thresholds).max() == 0
+    assert instances.max() == 3 and un.decode(nucleus[None] * 0.9, thresholds)[0].max() == 0
+    assert sure == pytest.approx([0.95, (20 * 0.95 + 5 * 0.6) / 25, (20 * 0.95 + 5 * 0.6) / 25])
 
 
 # ---------------------------------------------------------------- training
@@ -423,7 +424,7 @@ def test_tiles_agree_with_the_whole_image():
 
 def test_a_loaded_model_predicts_as_the_one_that_was_saved(tmp_path):
     torch.manual_seed(0)
-    settings = {"boundary": True, "width": 4, "normalization": {}, "thresholds": {}}
+    settings = {"boundary": True, "width": 4, "normalization": {}, "thresholds": un.BOUNDARY_THRESHOLDS}
     model = un.build_model(settings, CPU, torch.float32)
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):  # as after some training
@@ -448,7 +449,7 @@ def test_typical_size_hardly_minds_crumbs():
 @pytest.mark.parametrize("side, most, second, best", [
     (8, 500**2, [500], 500), (16, 500**2, [250], 140), (8, 499**2, [], 200), (25, 500**2, [], 200), (25, 500**2, [], 140),
     (70, 500**2, [86], 86), (70, 500**2, [86], 50)])
-def test_of_several_looks_the_one_that_agrees_best_is_kept(monkeypatch, side, most, second, best):
+def test_of_several_looks_the_one_of_most_confidence_is_kept(monkeypatch, side, most, second, best):
     mask, looks = squares((5, 5, side, side), (5, 100, side, side), shape=(200, 200)), []
 
     def predict(model, image):  # in the best look, nuclei as they ought to look; else one alone, and vaguely
@@ -468,7 +469,7 @@ def test_of_several_looks_the_one_that_agrees_best_is_kept(monkeypatch, side, mo
     assert probabilities.shape == (3, 200, 200)
 
 
-def test_a_look_that_agrees_well_is_not_doubted(monkeypatch):
+def test_a_look_of_much_confidence_is_not_doubted(monkeypatch):
     mask, looks = squares(*((y, x, 25, 25) for y in (10, 70, 130) for x in (10, 70, 130)), shape=(200, 200)), []
 
     def predict(model, image):
@@ -482,16 +483,17 @@ def test_a_look_that_agrees_well_is_not_doubted(monkeypatch):
     assert looks == [200] and un.match_counts(instances, mask, 0.9) == (9, 0, 0)
 
 
-def test_agreement_falls_with_nuclei_in_pieces_merged_or_few():
+def test_confidence_falls_with_nuclei_in_pieces_merged_or_vague():
     mask = squares((5, 5, 20, 20), (5, 25, 20, 20), shape=(64, 64))
     depth, merged = un.depth_target(mask).numpy(), np.minimum(mask, 1)
     pieces = np.where(np.arange(64)[:, None] < 15, mask, mask + 2 * merged)
-    right = un.agreement(mask, depth)
-    assert right == pytest.approx((1 + 1 + 0.5) / 3)
-    assert un.agreement(merged, depth) < right - 0.05 and un.agreement(pieces, depth) < right - 0.05
-    assert un.agreement(np.where(mask == 1, mask, 0), depth) == pytest.approx((1 + 0.5) / 2)
-    assert un.agreement(0 * mask, depth) == 0.5
-    assert un.agreement(merged, 0.75 * merged[None]) == pytest.approx((0.75 + 0.5) / 2)  # the foreground model
+    assert un.confidence(mask, depth) == pytest.approx([1, 1])
+    assert un.confidence(merged, depth).max() < 0.95 and un.confidence(pieces, depth).max() < 0.95
+    vague = depth + 0.2 * merged * np.array([1, -1, 0])[:, None, None]  # a fifth of the foreground is background
+    assert un.confidence(mask, vague) == pytest.approx([0.6, 0.6])
+    assert un.confidence(0 * mask, depth).size == 0
+    assert un.confidence(mask * (mask == 2), depth) == pytest.approx([0, 1])  # 1 is the id of nothing
+    assert un.confidence(merged, 0.75 * merged[None]) == pytest.approx([0.75])  # the foreground model
 
 
 def test_resize_keeps_ids_and_brightness():
@@ -865,7 +867,7 @@ def test_checkpoints_are_data(trained, tmp_path, monkeypatch, case):
         torch.save(torch.nn.Linear(2, 2).state_dict(), path)
     elif case == "earlier version":
         state = torch.load(trained["boundary"][0] / "model.pt", weights_only=True)
-        del state["settings"]["thresholds"]
+        del state["settings"]["thresholds"]["sure"]
         torch.save(state, path)
     elif case != "missing":
         path.write_bytes(good[: len(good) // 2] if case == "truncated" else b"hello")
@@ -1112,7 +1114,7 @@ def clock(function, n):
 def script_steps(width, n, batch=4):
     """The script's own loop: seconds a crop to train on images, GiB, seconds to predict, and to train on one fixed batch."""
     device, precision = un.choose_device("cpu", "auto")
-    settings = {"boundary": True, "width": width, "normalization": {}, "thresholds": {}}
+    settings = {"boundary": True, "width": width, "normalization": {}, "thresholds": un.BOUNDARY_THRESHOLDS}
     model = un.build_model(settings, device, precision)
     un.keep_memory()
     optimizer = un.Muon(model, 1e-3)
@@ -1237,8 +1239,8 @@ def adam(model, lr):
     return torch.optim.Adam(model.parameters(), 0.06 * lr)
 
 
-# of a network that learns without the weight, p / (1 - p) is a quarter: 0.9 becomes 0.69
-UNWEIGHTED = un.BOUNDARY_THRESHOLDS | {"nucleus": 0.5, "object": 0.69}
+# of a network that learns without the weight, p / (1 - p) is a quarter: a mean probability of 0.9 becomes 0.69
+UNWEIGHTED = un.BOUNDARY_THRESHOLDS | {"nucleus": 0.5, "confidence": 0.765 - 0.9 + 0.69}
 WITHOUT = {  # names of the script and what they are replaced by, for training and scoring
     "the script as it is": {},
     "Adam for all weights, in place of Muon": {"Muon": adam},

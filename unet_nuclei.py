@@ -60,19 +60,20 @@ RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZ
 NOTEBOOK = "ipykernel" in sys.modules
 # Tuned at width 16 on training images held out for it; AP is at IoU 0.5:
 DROPOUT = 0.2  # of the deepest channels, with --boundary only: AP 0.786 and 0.787 (two seeds), without 0.779 and 0.782
-OFFSET_WEIGHT = 5.0  # of the offsets in the loss: AP 0.789 and 0.792, of dimmed images 0.765 and 0.773 for 0.743 and 0.767
+OFFSET_WEIGHT = 5.0  # of the offsets in the loss: AP 0.794, 0.796 for 0.792, 0.793; of dimmed ones 0.771, 0.777 for 0.755, 0.765
 NUCLEUS_WEIGHT = 4.0  # of nuclei against background in the loss: with 4 for 1, AP of dimmed images 0.67 for 0.48
-# Least nucleus probability of a pixel, and of the mean over an object; 0.8 undoes the weight: 4 / (4 + 1). With 0.85 or 0.92
-# for the object's 0.9, AP falls by 0.009 and 0.004; with a marker's rise of 0.10 or 0.15 by at most 0.003.
-BOUNDARY_THRESHOLDS = {"nucleus": 0.8, "object": 0.9, "rise": 0.12}
-FOREGROUND_THRESHOLDS = {"nucleus": 0.5, "object": 0.5, "core": 0.9}
+# Least nucleus probability of a pixel, where 0.8 undoes the weight: 4 / (4 + 1); least confidence in an instance: AP of images as
+# they are 0.794 and 0.796, 0.790 and 0.793 with its first part alone above 0.9; with 0.75 or 0.79 AP changes by 0.003, of noisy
+# images by up to 0.014; a marker's rise, for which 0.10 or 0.15 give at most 0.003 less; the mean confidence that is no doubt.
+BOUNDARY_THRESHOLDS = {"nucleus": 0.8, "confidence": 0.765, "rise": 0.12, "sure": 0.86}
+FOREGROUND_THRESHOLDS = {"nucleus": 0.5, "confidence": 0.5, "core": 0.9, "sure": 0.9}
 # Typical sizes of nuclei in pixels to which images of smaller and of larger nuclei are resized for a second look. AP with it
 # 0.805, without 0.795; halved 0.85 and 0.79, magnified 3x 0.82 and 0.80. 14 to 24 for 20, and 40 and 50 for 30, are no better.
 SMALL, LARGE, MOST = 20, 30, 2**26  # MOST: pixels of the resized image, for the memory
-# Shrunken looks where instances agree with the prediction less than SURE; the one that agrees best is kept. 8 % of the images
-# as they are get them: AP 0.805 too; with 12 photons at the brightest 0.776 for 0.76, in coarse grain 0.72 for 0.53. With 0.89
-# in grain 0.68; with 0.91 twice as many images are looked at again, for nothing.
-SHRUNKEN, SURE = (0.7, 0.5, 0.35, 0.25), 0.9
+# Shrunken looks where instances are in doubt; the one of the most confidence is kept. 3 % of the images as they are get them, for
+# an AP of 0.811 too; with 12 photons at the brightest it is 0.774 for 0.757, in coarse grain 0.71 for 0.55, of large nuclei in
+# coarse grain 0.57 for 0.17. Calling 0.87 or 0.88 no doubt gives the same for more looks.
+SHRUNKEN = (0.7, 0.5, 0.35, 0.25)
 
 
 class UserError(Exception):
@@ -649,20 +650,29 @@ def instance_segmentation(foreground_prediction, boundary_prediction, threshold=
     return watershed(-depth, np.where(inside, label(summits(depth, rise)), 0), mask=inside).astype(np.int32)
 
 
-def decode(probabilities, thresholds):
-    """(1 or 3, H, W) probabilities -> (H, W) int32 instance ids 1..n, without the small and the doubtful."""
+def confidence(instances, probabilities):
+    """How sure instances 1..n of (1 or 3, H, W) probabilities are, (n,) and at most 1: the mean probability of their pixels.
+
+    With three classes less the mean difference of the predicted foreground from the target that these instances would make: a
+    nucleus in pieces, or two nuclei in one, have other summits than the network saw.
+    """
+    score = probabilities[0]
     if len(probabilities) == 3:
-        nucleus = probabilities[1] + probabilities[2]
+        score = probabilities[1] + probabilities[2] - abs(probabilities[1] - depth_target(instances)[1].numpy())
+    ids = instances.ravel()
+    return np.bincount(ids, score.ravel())[1:] / np.maximum(np.bincount(ids), 1)[1:]
+
+
+def decode(probabilities, thresholds):
+    """(1 or 3, H, W) probabilities -> (H, W) int32 ids of the instances 1..n that are large and sure enough, their confidence."""
+    if len(probabilities) == 3:
         instances = instance_segmentation(*probabilities[1:], thresholds["nucleus"], thresholds["rise"])
     else:  # cores come apart where `separated_target` opened the seam, and then grow
-        nucleus = probabilities[0]
-        cores = connected_components(nucleus, thresholds["core"])
-        instances = watershed(-nucleus, cores, mask=nucleus > thresholds["nucleus"])
-    areas = np.bincount(instances.ravel())
-    probability = np.bincount(instances.ravel(), nucleus.ravel()) / np.maximum(areas, 1)
-    keep = (areas >= thresholds["smallest"]) & (probability >= thresholds["object"])
-    keep[0] = False
-    return (np.cumsum(keep) * keep).astype(np.int32)[instances]
+        cores = connected_components(probabilities[0], thresholds["core"])
+        instances = watershed(-probabilities[0], cores, mask=probabilities[0] > thresholds["nucleus"])
+    sure, areas = confidence(instances, probabilities), np.bincount(instances.ravel())[1:]
+    keep = (areas >= thresholds["smallest"]) & (sure >= thresholds["confidence"])
+    return np.append(0, np.cumsum(keep) * keep).astype(np.int32)[instances], sure[keep]
 
 
 def typical_size(instances):
@@ -671,46 +681,33 @@ def typical_size(instances):
     return math.sqrt(areas[np.searchsorted(areas.cumsum(), areas.sum() / 2)]) if len(areas) else 0.0
 
 
-def agreement(instances, probabilities):
-    """How near the predicted foreground is to the target that instances 1..n make, 0 to 1: a mean over the instances.
-
-    A nucleus in pieces, or two nuclei in one, would have other summits than the network saw. One more instance that half agrees
-    is added, since few prove little: without it a single blob was preferred to 250 small nuclei.
-    """
-    if len(probabilities) == 3:
-        error = abs(probabilities[1] - depth_target(instances)[1].numpy())
-    else:
-        error = 1 - probabilities[0]
-    n = instances.max()
-    return 1 - (np.sum(ndimage.mean(error, instances, np.arange(1, n + 1))) + 0.5) / (n + 1)
-
-
 def segment(model, image):
     """Raw (H, W) image of any dtype -> (instance ids (H, W), probabilities (C, H, W)).
 
     Where the nuclei found are smaller or larger than most of the training images', the image is looked at again, resized. Where
-    texture or noise leaves instances and probabilities in disagreement, smaller sizes are tried; what agrees best is kept.
+    texture or noise leaves the instances in doubt, smaller sizes are tried, and the look of the most confidence is kept.
     """
     thresholds, image = model.settings["thresholds"], standardize(rescale(image), model.settings["normalization"])
 
     def look(factor):
         probabilities = predict(model, resize(image, tuple(max(1, round(side * factor)) for side in image.shape)))
-        instances = decode(probabilities, thresholds | {"smallest": thresholds["smallest"] * factor**2})
-        return agreement(instances, probabilities), factor, instances, probabilities
+        instances, sure = decode(probabilities, thresholds | {"smallest": thresholds["smallest"] * factor**2})
+        # with one more instance of one half, since few prove little: else a single blob was preferred to 250 small nuclei
+        return (sure.sum() + 0.5) / (len(sure) + 1), factor, instances, probabilities
 
     best = look(1)
     size = typical_size(best[2])
     factor = np.clip(size, SMALL, LARGE) / size if size else 1
     if abs(factor - 1) > 0.1 and image.size * factor**2 <= MOST:
         best = look(factor)
-    if best[0] < SURE:
+    if best[0] < thresholds["sure"]:
         for factor in SHRUNKEN:
             best = max(best, look(factor), key=lambda found: found[0])
     _, factor, instances, probabilities = best
     if factor != 1:
         probabilities = np.stack([resize(channel, image.shape) for channel in probabilities])
         if factor < 1:  # instances are found where the pixels are finer
-            instances = decode(probabilities, thresholds)
+            instances, _ = decode(probabilities, thresholds)
         else:
             instances = relabel_sequential(resize(instances, image.shape))[0]
     return instances, probabilities
@@ -806,7 +803,7 @@ def validate(model, samples, make_target):
     scores = []
     for sample in samples:
         probabilities = predict(model, standardize(rescale(sample.image), model.settings["normalization"]))
-        f1 = f1_score(decode(probabilities, model.settings["thresholds"]), sample.mask)
+        f1 = f1_score(decode(probabilities, model.settings["thresholds"])[0], sample.mask)
         probabilities = torch.from_numpy(probabilities).clamp(1e-6, 1 - 1e-6)[None]
         logits = probabilities.logit() if probabilities.shape[1] == 1 else probabilities.log()
         target = make_target(sample.mask)[None]
@@ -844,6 +841,7 @@ def load_model(path, device, precision):
     """The network in a model.pt, for prediction alone: normalization folded into the convolutions, weights in `precision`."""
     def load(state):
         settings = {key: state["settings"][key] for key in ("boundary", "width", "normalization", "thresholds")}
+        require("sure" in settings["thresholds"], f"{path} is of an earlier version of the script; train again with this one")
         model = build_model(settings, device, precision)
         model.load_state_dict(state["model"])
         for block in (*model.eval().encoder, *model.decoder):
