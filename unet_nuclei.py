@@ -62,17 +62,17 @@ NOTEBOOK = "ipykernel" in sys.modules
 DROPOUT = 0.2  # of the deepest channels, with --boundary only: AP 0.786 and 0.787 (two seeds), without 0.779 and 0.782
 OFFSET_WEIGHT = 5.0  # of the offsets in the loss: AP 0.794, 0.796 for 0.792, 0.793; of dimmed ones 0.771, 0.777 for 0.755, 0.765
 NUCLEUS_WEIGHT = 4.0  # of nuclei against background in the loss: with 4 for 1, AP of dimmed images 0.67 for 0.48
-# Least nucleus probability of a pixel, where 0.8 undoes the weight: 4 / (4 + 1); least confidence in an instance: AP of images as
-# they are 0.794 and 0.796, 0.790 and 0.793 with its first part alone above 0.9; with 0.75 or 0.79 AP changes by 0.003, of noisy
-# images by up to 0.014; a marker's rise, for which 0.10 or 0.15 give at most 0.003 less; the mean confidence that is no doubt.
+# Least nucleus probability of a pixel: 0.8 undoes the weight, 4 / (4 + 1). Least confidence in an instance: with 0.75 or 0.79 AP
+# changes by 0.003, of noisy images by up to 0.014; with its first part alone, above 0.9, AP is 0.790 and 0.793 for 0.794 and
+# 0.796. Rise of a marker: 0.10 or 0.15 give at most 0.003 less. Mean confidence of an image that is no doubt: see SHRUNKEN.
 BOUNDARY_THRESHOLDS = {"nucleus": 0.8, "confidence": 0.765, "rise": 0.12, "sure": 0.86}
 FOREGROUND_THRESHOLDS = {"nucleus": 0.5, "confidence": 0.5, "core": 0.9, "sure": 0.9}
 # Typical sizes of nuclei in pixels to which images of smaller and of larger nuclei are resized for a second look. AP with it
 # 0.805, without 0.795; halved 0.85 and 0.79, magnified 3x 0.82 and 0.80. 14 to 24 for 20, and 40 and 50 for 30, are no better.
 SMALL, LARGE, MOST = 20, 30, 2**26  # MOST: pixels of the resized image, for the memory
-# Shrunken looks where instances are in doubt; the one of the most confidence is kept. 3 % of the images as they are get them, for
-# an AP of 0.811 too; with 12 photons at the brightest it is 0.774 for 0.757, in coarse grain 0.71 for 0.55, of large nuclei in
-# coarse grain 0.57 for 0.17. Calling 0.87 or 0.88 no doubt gives the same for more looks.
+# Shrunken looks where instances are in doubt; the one of the most confidence is kept. Of every third held-out image as it is,
+# 3 % get them, for an AP of 0.811 too; with 12 photons at the brightest it is 0.774 for 0.757, in coarse grain 0.71 for 0.55, of
+# large nuclei in coarse grain 0.57 for 0.17. Calling 0.87 or 0.88 no doubt gives the same for more looks.
 SHRUNKEN = (0.7, 0.5, 0.35, 0.25)
 
 
