@@ -446,40 +446,42 @@ def test_typical_size_hardly_minds_crumbs():
     assert un.typical_size(squares((0, 0, 10, 10), (0, 15, 10, 10), *crumbs)) == 10
 
 
+def segment_as_seen(monkeypatch, mask, see):
+    """What `segment` makes of an image where `see`, shape -> probabilities, is the network; and the heights it looked at."""
+    looks = []
+
+    def predict(model, image):
+        looks.append(len(image))
+        return see(image.shape)
+
+    monkeypatch.setattr(un, "predict", predict)
+    settings = {"boundary": True, "width": 1, "thresholds": un.BOUNDARY_THRESHOLDS | {"smallest": 5},
+                "normalization": {"mean": 0, "std": 1}}
+    return *un.segment(un.build_model(settings, CPU, torch.float32), mask * 1.0), looks
+
+
 @pytest.mark.parametrize("side, most, second, best", [
     (8, 500**2, [500], 500), (16, 500**2, [250], 140), (8, 499**2, [], 200), (25, 500**2, [], 200), (25, 500**2, [], 140),
     (70, 500**2, [86], 86), (70, 500**2, [86], 50)])
 def test_of_several_looks_the_one_of_most_confidence_is_kept(monkeypatch, side, most, second, best):
-    mask, looks = squares((5, 5, side, side), (5, 100, side, side), shape=(200, 200)), []
+    mask = squares((5, 5, side, side), (5, 100, side, side), shape=(200, 200))
 
-    def predict(model, image):  # in the best look, nuclei as they ought to look; else one alone, and vaguely
-        looks.append(len(image))
-        seen = un.depth_target(un.resize(mask if len(image) == best else mask * (mask == 1), image.shape)).numpy()
-        if len(image) != best:
+    def see(shape):  # in the best look, nuclei as they ought to look; else one alone, and vaguely
+        seen = un.depth_target(un.resize(mask if shape[0] == best else mask * (mask == 1), shape)).numpy()
+        if shape[0] != best:
             seen[1:] = 0.8 * seen[1], seen[2] + 0.2 * seen[1]
         return seen
 
-    monkeypatch.setattr(un, "predict", predict)
     monkeypatch.setattr(un, "MOST", most)  # pixels of a resized image
-    thresholds = un.BOUNDARY_THRESHOLDS | {"smallest": 5}
-    settings = {"boundary": True, "width": 1, "thresholds": thresholds, "normalization": {"mean": 0, "std": 1}}
-    instances, probabilities = un.segment(un.build_model(settings, CPU, torch.float32), mask * 1.0)
+    instances, probabilities, looks = segment_as_seen(monkeypatch, mask, see)
     assert looks == [200, *second, 140, 100, 70, 50]
     assert un.match_counts(instances, mask, 0.9) == (2, 0, 0)
     assert probabilities.shape == (3, 200, 200)
 
 
 def test_a_look_of_much_confidence_is_not_doubted(monkeypatch):
-    mask, looks = squares(*((y, x, 25, 25) for y in (10, 70, 130) for x in (10, 70, 130)), shape=(200, 200)), []
-
-    def predict(model, image):
-        looks.append(len(image))
-        return un.depth_target(un.resize(mask, image.shape)).numpy()
-
-    monkeypatch.setattr(un, "predict", predict)
-    settings = {"boundary": True, "width": 1, "thresholds": un.BOUNDARY_THRESHOLDS | {"smallest": 5},
-                "normalization": {"mean": 0, "std": 1}}
-    instances, _ = un.segment(un.build_model(settings, CPU, torch.float32), mask * 1.0)
+    mask = squares(*((y, x, 25, 25) for y in (10, 70, 130) for x in (10, 70, 130)), shape=(200, 200))
+    instances, _, looks = segment_as_seen(monkeypatch, mask, lambda shape: un.depth_target(un.resize(mask, shape)).numpy())
     assert looks == [200] and un.match_counts(instances, mask, 0.9) == (9, 0, 0)
 
 
@@ -1240,7 +1242,7 @@ def adam(model, lr):
 
 
 # of a network that learns without the weight, p / (1 - p) is a quarter: a mean probability of 0.9 becomes 0.69
-UNWEIGHTED = un.BOUNDARY_THRESHOLDS | {"nucleus": 0.5, "confidence": 0.765 - 0.9 + 0.69}
+UNWEIGHTED = un.BOUNDARY_THRESHOLDS | {"nucleus": 0.5, "confidence": un.BOUNDARY_THRESHOLDS["confidence"] - (0.9 - 0.69)}
 WITHOUT = {  # names of the script and what they are replaced by, for training and scoring
     "the script as it is": {},
     "Adam for all weights, in place of Muon": {"Muon": adam},

@@ -670,9 +670,9 @@ def decode(probabilities, thresholds):
     else:  # cores come apart where `separated_target` opened the seam, and then grow
         cores = connected_components(probabilities[0], thresholds["core"])
         instances = watershed(-probabilities[0], cores, mask=probabilities[0] > thresholds["nucleus"])
-    sure, areas = confidence(instances, probabilities), np.bincount(instances.ravel())[1:]
-    keep = (areas >= thresholds["smallest"]) & (sure >= thresholds["confidence"])
-    return np.append(0, np.cumsum(keep) * keep).astype(np.int32)[instances], sure[keep]
+    confidences, areas = confidence(instances, probabilities), np.bincount(instances.ravel())[1:]
+    keep = (areas >= thresholds["smallest"]) & (confidences >= thresholds["confidence"])
+    return np.append(0, np.cumsum(keep) * keep).astype(np.int32)[instances], confidences[keep]
 
 
 def typical_size(instances):
@@ -691,9 +691,9 @@ def segment(model, image):
 
     def look(factor):
         probabilities = predict(model, resize(image, tuple(max(1, round(side * factor)) for side in image.shape)))
-        instances, sure = decode(probabilities, thresholds | {"smallest": thresholds["smallest"] * factor**2})
+        instances, confidences = decode(probabilities, thresholds | {"smallest": thresholds["smallest"] * factor**2})
         # with one more instance of one half, since few prove little: else a single blob was preferred to 250 small nuclei
-        return (sure.sum() + 0.5) / (len(sure) + 1), factor, instances, probabilities
+        return (confidences.sum() + 0.5) / (len(confidences) + 1), factor, instances, probabilities
 
     best = look(1)
     size = typical_size(best[2])
