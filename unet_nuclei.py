@@ -1235,7 +1235,7 @@ def main(argv=None):
         message = f"error: {error}; make room, or give another --out"
     except KeyboardInterrupt as stop:
         status = stop.args[0] if stop.args else 130
-        message = "stopped; the same command with --resume goes on after the last whole epoch, if there was one"
+        message = "stopped; training goes on after its last whole epoch with the same command and --resume"
     live()
     if NOTEBOOK:
         raise UserError(message)
