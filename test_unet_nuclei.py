@@ -479,6 +479,12 @@ def test_of_several_looks_the_one_of_most_confidence_is_kept(monkeypatch, side, 
     assert probabilities.shape == (3, 200, 200)
 
 
+def test_a_further_look_that_is_hardly_surer_is_dropped(monkeypatch):
+    mask = squares((5, 5, 8, 8), (5, 100, 8, 8), shape=(200, 200))
+    _, probabilities, looks = segment_as_seen(monkeypatch, mask, lambda shape: un.depth_target(un.resize(mask, shape)).numpy())
+    assert looks[:2] == [200, 500] and np.array_equal(probabilities, un.depth_target(mask))
+
+
 def test_a_look_of_much_confidence_is_not_doubted(monkeypatch):
     mask = squares(*((y, x, 25, 25) for y in (10, 70, 130) for x in (10, 70, 130)), shape=(200, 200))
     instances, _, looks = segment_as_seen(monkeypatch, mask, lambda shape: un.depth_target(un.resize(mask, shape)).numpy())
