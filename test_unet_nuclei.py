@@ -805,6 +805,11 @@ def test_a_new_run_keeps_the_earlier_one(tmp_path):
         assert status == 0
     assert "earlier-1" in out and (tmp_path / "out/earlier-1/model.pt").exists()
     same_run(tmp_path / "out", tmp_path / "out/earlier-1")  # two runs of one command are the same
+    metrics = (tmp_path / "out/metrics.json").read_bytes()
+    words = ("--epochs", "0", "--checkpoint", "out/model.pt", "--data", "synthetic", "--out", "out")
+    status, out, _ = run(*words, cwd=tmp_path)
+    assert status == 0 and "earlier-2" in out and (tmp_path / "out/earlier-2/metrics.json").read_bytes() == metrics
+    assert (tmp_path / "out/model.pt").exists() and metrics != (tmp_path / "out/metrics.json").read_bytes()
 
 
 def test_resume_refuses_other_settings_and_takes_more_epochs(trained, tmp_path):

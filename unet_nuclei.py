@@ -860,15 +860,15 @@ def load_model(path, device, precision):
     return load_checkpoint(path, load)
 
 
-def make_room(out):
-    """Make the folder `out`; what an earlier run left there is kept, in out/earlier-1, earlier-2, ..."""
+def make_room(out, names=OUTPUTS):
+    """Make the folder `out`; files of these names that an earlier run left there are kept, in out/earlier-1, earlier-2, ..."""
     out.mkdir(parents=True, exist_ok=True)
-    if (out / "model.pt").exists() or (out / "last.pt").exists():
+    if left := [file for name in names if (file := out / name).exists()]:
         earlier = next(folder for n in itertools.count(1) if not (folder := out / f"earlier-{n}").exists())
         earlier.mkdir()
-        for file in filter(Path.exists, (out / name for name in OUTPUTS)):
+        for file in left:
             file.rename(earlier / file.name)
-        say(f"{out} held an earlier run, which is now in {earlier}")
+        say(f"{', '.join(file.name for file in left)} of an earlier run are now in {earlier}")
 
 
 def draw_crops(images, seed, epoch):
@@ -1204,7 +1204,8 @@ def run(args):
 
 def report(args, model, test, about):
     """Score the model, write metrics.json, with `about` in it, and samples.png, and say what a person wants to know."""
-    args.out.mkdir(parents=True, exist_ok=True)
+    if not args.epochs:  # else of the training just done
+        make_room(args.out, ("metrics.json", "samples.png"))
     metrics, f1 = evaluate(model, test)
     write_picture(args.out / "samples.png", samples_picture(model, test, f1))
     versions = {name: version(name) for name in ("torch", "numpy", "scikit-image", "scipy")} | {"python": sys.version.split()[0]}
