@@ -1102,8 +1102,7 @@ def notebook_steps(width, n):
 
     with replaced(AS_LAYERS):
         step()
-        training, memory = min(clock(step, n) for _ in range(3)), peak_memory()
-        return training, memory, min(clock(lambda: no_grad(model, image), n) for _ in range(3))
+        return clock(step, n, 3), peak_memory(), clock(lambda: no_grad(model, image), n, 3)
 
 
 def peak_memory():
@@ -1118,11 +1117,15 @@ def no_grad(model, image):
         return model.eval()(image)
 
 
-def clock(function, n):
-    start = time.time()
-    for _ in range(n):
-        function()
-    return (time.time() - start) / n
+def clock(function, n, turns=1):
+    """Seconds a call, the least of some turns of n calls each."""
+    seconds = []
+    for _ in range(turns):
+        start = time.time()
+        for _ in range(n):
+            function()
+        seconds.append((time.time() - start) / n)
+    return min(seconds)
 
 
 def script_steps(width, n, batch=4):
@@ -1146,7 +1149,7 @@ def script_steps(width, n, batch=4):
     with tempfile.TemporaryDirectory() as folder:
         un.save_checkpoint(Path(folder, "model.pt"), settings=settings, model=model.state_dict())
         model = un.load_model(Path(folder, "model.pt"), device, precision)
-    return real, memory, min(clock(lambda: un.predict(model, images[0]), n) for _ in range(3)), bare
+    return real, memory, clock(lambda: un.predict(model, images[0]), n, 3), bare
 
 
 def in_a_process(code):
