@@ -4,6 +4,7 @@ They make their own images, need no network and write to temporary folders only.
 """
 import contextlib
 import csv
+import gc
 import hashlib
 import http.server
 import json
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+import timeit
 import zipfile
 from functools import partial
 from pathlib import Path
@@ -1119,13 +1121,7 @@ def no_grad(model, image):
 
 def clock(function, n, turns=1):
     """Seconds a call, the least of some turns of n calls each."""
-    seconds = []
-    for _ in range(turns):
-        start = time.time()
-        for _ in range(n):
-            function()
-        seconds.append((time.time() - start) / n)
-    return min(seconds)
+    return min(timeit.repeat(function, gc.enable, number=n, repeat=turns)) / n  # timeit switches collection off, a run does not
 
 
 def script_steps(width, n, batch=4):
