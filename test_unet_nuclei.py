@@ -69,8 +69,9 @@ def squares(*boxes, shape=(40, 40)):
 
 
 # ---------------------------------------------------------------- network
-# what `joined` and `upsampled` compute, as the notebook writes it
-AS_LAYERS = {"joined": lambda conv, skip, x: conv(torch.cat([skip, x], 1)), "upsampled": lambda layer, x: layer(x)}
+# what these compute, as the notebook writes it
+AS_LAYERS = {"joined": lambda conv, skip, x: conv(torch.cat([skip, x], 1)), "upsampled": lambda layer, x: layer(x),
+             "convolution": partial(torch.conv2d, padding=1)}
 
 
 def test_unet_upsamples_and_concatenates_skips():
@@ -85,6 +86,26 @@ def test_unet_upsamples_and_concatenates_skips():
     (logits, gradients), (other_logits, other_gradients) = results
     torch.testing.assert_close(logits, other_logits)
     torch.testing.assert_close(gradients, other_gradients, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradients_of_the_convolution_by_products(bias):
+    x, weight = torch.randn(2, 3, 5, 4).double().requires_grad_(), torch.randn(2, 3, 3, 3).double().requires_grad_()
+    inputs = x, weight, torch.randn(2).double().requires_grad_() if bias else None
+    assert torch.equal(un.GemmConvolution.apply(*inputs), torch.conv2d(*inputs, padding=1))
+    assert torch.autograd.gradcheck(un.GemmConvolution.apply, inputs)
+
+
+@pytest.mark.parametrize("capability, channels, precision, expected", [
+    ("AVX2", 32, torch.float32, "Gemm"), ("AVX2", 16, torch.float32, "Conv"), ("AVX512", 32, torch.float32, "Conv"),
+    ("AVX2", 32, torch.bfloat16, "Conv"),
+])  # fmt: skip
+def test_where_the_convolution_is_by_products(monkeypatch, capability, channels, precision, expected):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    weight = torch.randn(channels, channels, 3, 3, requires_grad=True)
+    with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+        y = un.convolution(torch.randn(1, channels, 4, 4, dtype=precision), weight)
+    assert type(y.grad_fn).__name__.startswith(expected)
 
 
 def test_unet_has_the_parameters_of_the_notebook():
