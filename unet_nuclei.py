@@ -463,7 +463,7 @@ class UNet(nn.Module):
             layers = []
             for channels in inputs, outputs:
                 normalization = [nn.BatchNorm2d(outputs)] if norm else []
-                layers += [Convolution(channels, outputs, 3, padding=1), *normalization, nn.ReLU(inplace=True)]
+                layers += [nn.Conv2d(channels, outputs, 3, padding=1), *normalization, nn.ReLU(inplace=True)]
             return nn.Sequential(*layers)
 
         channels = [width * 2**level for level in range(5)]
@@ -498,54 +498,16 @@ def upsampled(layer, x):
 def joined(conv, skip, x):
     """The 3x3 convolution `conv` of skip and x concatenated, as the sum of two: without the copy a step takes a twelfth less."""
     of_skip, of_x = conv.weight.chunk(2, 1)
-    return convolution(x, of_x, conv.bias).add_(convolution(skip, of_skip))
+    return F.conv2d(x, of_x, conv.bias, padding=1).add_(F.conv2d(skip, of_skip, padding=1))
 
 
-class Convolution(nn.Conv2d):
-    """A layer of `convolution`."""
+def memory_format(device, training):
+    """Channels last is the fastest, except to train with AVX2 and no AVX-512, where a step at the full width took 20 s for 14 s.
 
-    def forward(self, x):
-        return convolution(x, self.weight, self.bias)
-
-
-def convolution(x, weight, bias=None):
-    """3x3 convolution that keeps the size."""
-    # for fewer channels it is no faster; under autocast the dtypes differ
-    avx2 = x.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
-    if avx2 and min(weight.shape[:2]) >= 32 and x.dtype == weight.dtype:
-        return GemmConvolution.apply(x, weight, bias)
-    return F.conv2d(x, weight, bias, padding=1)
-
-
-class GemmConvolution(torch.autograd.Function):
-    """`convolution` whose kernel's gradient is nine products of matrices (as kn2row, Anderson et al. 2017, arXiv 1709.03395).
-
-    With AVX2 and no AVX-512, torch's own takes up to three times as long in channels-last memory: a step at the full width took
-    20.2 s, with this 13.3 s; at width 32 5.4 s and 4.0 s (AMD Zen 3).
+    On MPS it crashes in the backward pass of max pooling (pytorch issue 175190).
     """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
-        return F.conv2d(x, weight, bias, padding=1)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        x, weight = ctx.saved_tensors
-        of_x = nn.grad.conv2d_input(x.shape, weight, gradient, padding=1)
-        of_bias = gradient.sum((0, 2, 3)) if ctx.needs_input_grad[2] else None
-        # in the list of all pixels of images framed by zeros, a neighbour is equally far from each pixel
-        row = x.shape[3] + 2
-        x, gradient = (F.pad(array.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1)).flatten(0, 2) for array in (x, gradient))
-        first, last = row + 1, len(x) - row - 1
-        steps = [row * i + j for i in (-1, 0, 1) for j in (-1, 0, 1)]
-        products = [gradient[first:last].T @ x[first + step : last + step] for step in steps]
-        return of_x, torch.stack(products, -1).view_as(weight), of_bias
-
-
-def memory_format(device):
-    """Channels last is the fastest; on MPS it crashes in the backward pass of max pooling (pytorch issue 175190)."""
-    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+    avx2 = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    return torch.contiguous_format if device.type == "mps" or avx2 and training else torch.channels_last
 
 
 # ---------------------------------------------------------------- loss and scores
@@ -652,7 +614,7 @@ def predict(model, image, tile=TILE, margin=MARGIN):
     def probabilities(part):
         height, width = part.shape
         x = np.pad(np.asarray(part, np.float32), ((0, -height % 16), (0, -width % 16)), mode="symmetric")
-        x = torch.from_numpy(x)[None, None].to(device, memory_format=memory_format(device))
+        x = torch.from_numpy(x)[None, None].to(device, memory_format=memory_format(device, training=False))
         logits = model(x)[0].cpu()[:, :height, :width]
         return (logits.sigmoid() if len(logits) == 1 else logits.softmax(0)).numpy()
 
@@ -830,8 +792,7 @@ def train_epoch(model, loader, optimizer, schedule, scaler, epoch=1, epochs=1):
     device, total, start = next(model.parameters()).device, np.zeros(2), time.time()
     asynchronous = device.type == "cuda"  # on MPS such a copy can bring other values (pytorch issue 189690)
     for step, (image, target) in enumerate(loader, 1):
-        image = image.to(device, memory_format=memory_format(device), non_blocking=asynchronous)
-        target = target.to(device, non_blocking=asynchronous)
+        image, target = (tensor.to(device, non_blocking=asynchronous) for tensor in (image, target))
         optimizer.zero_grad()
         logits = model(image)
         loss = loss_function(logits, target)
@@ -866,7 +827,7 @@ def build_model(settings, device, precision):
     outputs, more = (3, {"extra": 2, "dropout": DROPOUT}) if settings["boundary"] else (1, {})
     model = UNet(1, outputs, settings["width"], **more)
     model.settings, model.precision = settings, precision
-    return model.to(device, memory_format=memory_format(device))
+    return model.to(device, memory_format=memory_format(device, training=True))
 
 
 def save_checkpoint(path, **state):
