@@ -887,12 +887,17 @@ def draw_crops(images, seed, epoch):
 
 
 def resume(last, parts, fixed):
-    """Set the `parts` of a run as in the file `last`; returns its history. UserError where the settings `fixed` differ."""
+    """Set the `parts` of a run as in the file `last`, and model.pt beside it; returns the run's history.
+
+    UserError where the settings `fixed` differ.
+    """
     def load(state):
         for key, value in fixed.items():
             require(value == state["fixed"][key], f"--resume: {key} is {value}, in {last} {state['fixed'][key]}; give the same")
         for name, part in parts.items():
             part.load_state_dict(state[name])
+        if RANK == 0:
+            write_file(last.with_name("model.pt"), state["best"].numpy())
         return state["history"]
 
     return load_checkpoint(last, load)
@@ -971,7 +976,8 @@ def run_training(args, samples, checksum, device, precision):
         write_file(args.out / "history.csv", "".join(",".join(map(str, line)) + "\n" for line in table).encode())
         write_picture(args.out / "curves.png", curves_picture(history))
         states = {name: part.state_dict() for name, part in parts.items()}
-        save_checkpoint(args.out / "last.pt", fixed=fixed, history=history, **states)  # last: what it knows of is written
+        best = torch.from_numpy(np.fromfile(args.out / "model.pt", np.uint8))  # so that last.pt alone is enough to go on
+        save_checkpoint(args.out / "last.pt", fixed=fixed, history=history, best=best, **states)  # what it knows of is written
     return history
 
 
