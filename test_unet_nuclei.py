@@ -864,6 +864,20 @@ def test_resume_of_a_finished_run_restores_the_best_model(trained, tmp_path, cap
     assert (tmp_path / "model.pt").read_bytes() == (folder / "model.pt").read_bytes()
 
 
+def test_a_model_taken_away_while_training_is_written_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_data(tmp_path / "data")
+    losses = iter([1.0, 2.0])  # the second epoch is worse
+
+    def validate(*_):
+        Path("out/model.pt").unlink(missing_ok=True)
+        return next(losses), 0.5, 0.5
+
+    monkeypatch.setattr(un, "validate", validate)
+    status, _, err = call([*SMALL, "--epochs", "2", "--out", "out"], capsys)
+    assert status == 0 and Path("out/model.pt").exists(), err
+
+
 def test_resume_refuses_the_optimizer_of_another_version(trained, tmp_path, capsys):
     folder, _ = trained["boundary"]
     state = torch.load(folder / "last.pt", weights_only=True)

@@ -970,14 +970,15 @@ def run_training(args, samples, checksum, device, precision):
         say(f"epoch {epoch}/{args.epochs}  loss {train_loss:.4f}, validation {val_loss:.4f}  dice {train_dice:.3f}, "
             f"{val_dice:.3f}  F1 {val_f1:.3f}  lr {row['lr']:.1e}  {seconds:.0f} s  {row['images_per_second']:.2f} images/s")
         # by loss, held-out AP is 0.778 and 0.787 (two seeds); by F1, coarse for so few images, 0.759 and 0.787
-        if history[-1]["val_loss"] == min(row["val_loss"] for row in history):
-            save_checkpoint(args.out / "model.pt", settings=settings, model=model.state_dict())
+        best = args.out / "model.pt"
+        if history[-1]["val_loss"] == min(row["val_loss"] for row in history) or not best.exists():  # somebody took it away
+            save_checkpoint(best, settings=settings, model=model.state_dict())
         table = [history[0], *(row.values() for row in history)]
         write_file(args.out / "history.csv", "".join(",".join(map(str, line)) + "\n" for line in table).encode())
         write_picture(args.out / "curves.png", curves_picture(history))
         states = {name: part.state_dict() for name, part in parts.items()}
-        best = torch.from_numpy(np.fromfile(args.out / "model.pt", np.uint8))  # so that last.pt alone is enough to go on
-        save_checkpoint(args.out / "last.pt", fixed=fixed, history=history, best=best, **states)  # what it knows of is written
+        states["best"] = torch.from_numpy(np.fromfile(best, np.uint8))  # so that last.pt alone is enough to go on
+        save_checkpoint(args.out / "last.pt", fixed=fixed, history=history, **states)  # last: what it knows of is written
     return history
 
 
@@ -1022,16 +1023,16 @@ def classes(probabilities):
 
 
 def sheet(headings, rows, size=300):
-    """Picture of rows, each (caption, (H, W, 3) pictures), under headings; large pictures are cut to their middle."""
+    """Picture of rows, each (caption above it, (H, W, 3) pictures), under headings; large pictures are cut to their middle."""
     canvas = Image.new("RGB", (len(headings) * (size + 6), 22 + len(rows) * (size + 22)), "white")
     draw = ImageDraw.Draw(canvas)
     for column, heading in enumerate(headings):
         draw.text((column * (size + 6) + 4, 5), heading, fill="black")
     for y, (caption, pictures) in zip(itertools.count(22, size + 22), rows):
-        draw.text((4, y + size + 4), caption, fill="black")
+        draw.text((4, y + 4), caption, fill="black")
         for column, picture in enumerate(pictures):
             top, left = (max(0, (n - size) // 2) for n in picture.shape[:2])
-            canvas.paste(Image.fromarray(picture[top : top + size, left : left + size]), (column * (size + 6), y))
+            canvas.paste(Image.fromarray(picture[top : top + size, left : left + size]), (column * (size + 6), y + 20))
     return canvas
 
 
