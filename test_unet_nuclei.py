@@ -778,15 +778,16 @@ def same_run(a, b):
 
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
     write_data(tmp_path / "data", train=6)
-    words = ["--boundary", *SMALL, "--epochs", "10"]
+    kills = int(os.environ.get("KILLS", "2"))
+    words = ["--boundary", *SMALL, "--epochs", 10 * kills]
     assert run(*words, "--out", "whole", cwd=tmp_path)[0] == 0
     rng, last, resume = random.Random(0), tmp_path / "cut/last.pt", []
-    for _ in range(int(os.environ.get("KILLS", "2"))):  # at random moments after an epoch: within the next, or a checkpoint
+    for _ in range(kills):  # at random moments after an epoch: within the next, or a checkpoint
         before = last.stat().st_mtime_ns if resume else 0
         process = subprocess.Popen([sys.executable, SCRIPT, *map(str, words), "--out", "cut", *resume], cwd=tmp_path,
                                    stdout=subprocess.DEVNULL)  # fmt: skip
         until(lambda old=before: last.exists() and last.stat().st_mtime_ns > old)
-        time.sleep(rng.uniform(0, 0.5))
+        time.sleep(rng.uniform(0, 0.3))
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL  # else it ended by itself
         resume = ["--resume"]

@@ -502,9 +502,9 @@ def joined(conv, skip, x):
 
 
 def memory_format(device, training):
-    """Channels last is the fastest, except to train with AVX2 and no AVX-512, where a step at the full width took 20 s for 14 s.
+    """Channels last, the fastest; channels first to train with AVX2 and no AVX-512, where a full-width step took 14 s for 20 s.
 
-    On MPS it crashes in the backward pass of max pooling (pytorch issue 175190).
+    On MPS, channels last crashes in the backward pass of max pooling (pytorch issue 175190).
     """
     avx2 = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
     return torch.contiguous_format if device.type == "mps" or avx2 and training else torch.channels_last
