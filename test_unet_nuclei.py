@@ -35,6 +35,7 @@ SCRIPT = Path(un.__file__)
 CPU = torch.device("cpu")
 LEARNING = ["--width", "8", "--epochs", "6", "--batch-size", "1"]
 SMALL = ["--data", "data", "--width", "2", "--epochs", "1"]  # of write_data
+TINY = ["--data", "synthetic", "--width", "2", "--epochs", "1", "--batch-size", "10"]
 
 
 def run(*words, cwd, **options):
@@ -79,7 +80,7 @@ def squares(*boxes, shape=(40, 40)):
 
 
 # ---------------------------------------------------------------- network
-# what these compute, as the notebook writes it
+# what `joined` and `upsampled` compute, as the notebook writes it
 AS_LAYERS = {"joined": lambda conv, skip, x: conv(torch.cat([skip, x], 1)), "upsampled": lambda layer, x: layer(x)}
 
 
@@ -694,11 +695,11 @@ def test_download(server, tmp_path, monkeypatch, case, message):
 # ---------------------------------------------------------------- the command line
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A boundary run that learns enough to find some nuclei, and one epoch of foreground: {kind: (folder, standard output)}."""
+    """A boundary run that finds some nuclei, and a short one of foreground on drawn data: {kind: (folder, standard output)}."""
     runs, folder = {}, tmp_path_factory.mktemp("trained")
     write_data(folder / "data", train=20, test=3, size=256)
-    for kind, flags in (("boundary", ["--boundary"]), ("foreground", ["--epochs", "1"])):
-        status, out, err = run(*LEARNING, *flags, "--data", folder / "data", cwd=folder)
+    for kind, flags in (("boundary", ["--boundary", *LEARNING, "--data", folder / "data"]), ("foreground", TINY)):
+        status, out, err = run(*flags, cwd=folder)
         assert status == 0 and err == "", err
         runs[kind] = folder / "runs" / kind, out
     return runs
@@ -712,9 +713,12 @@ def test_a_run_leaves_everything_behind(trained, kind):
     assert text.splitlines()[-1] == f"Mean f1 score: {metrics['f1@0.5']:.4f}" and "\r" not in text and "\033" not in text
     for name in ("f1@0.5", "f1@0.75", "ap@0.5", "ap@0.75", "ap@0.5:0.95"):
         assert 0 <= metrics[name] <= 1
-    assert metrics["n_images"] == 3 and metrics["found"] + metrics["missed"] == metrics["n_objects"] > 50
+    test = un.load_data(metrics["data"])[1]
+    assert metrics["n_images"] == len(test) and metrics["found"] + metrics["missed"] == metrics["n_objects"]
+    assert metrics["n_objects"] == sum(len(np.unique(sample.mask[sample.mask > 0])) for sample in test) > 50
     assert metrics["train_images_per_second"] > 0 and metrics["predict_images_per_second"] > 0
-    assert metrics["data"].endswith("data") and metrics["settings"]["width"] == 8 and "torch" in metrics["versions"]
+    assert metrics["data"] == {"boundary": str(out.parents[1] / "data"), "foreground": "synthetic"}[kind]
+    assert metrics["settings"]["width"] == {"boundary": 8, "foreground": 2}[kind] and "torch" in metrics["versions"]
     rows = list(csv.DictReader((out / "history.csv").open()))
     assert {"epoch", "train_loss", "val_loss", "train_dice", "val_f1", "lr", "seconds"} <= set(rows[0])
     assert len(rows) == metrics["settings"]["epochs"]
@@ -779,7 +783,7 @@ def same_run(a, b):
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path):
     write_data(tmp_path / "data", train=6)
     kills = int(os.environ.get("KILLS", "2"))
-    words = ["--boundary", *SMALL, "--epochs", 10 * kills]
+    words = ["--boundary", "--seed", 1, *SMALL, "--epochs", 10 * kills]
     assert run(*words, "--out", "whole", cwd=tmp_path)[0] == 0
     rng, last, resume = random.Random(0), tmp_path / "cut/last.pt", []
     for _ in range(kills):  # at random moments after an epoch: within the next, or a checkpoint
@@ -865,6 +869,18 @@ def test_resume_of_a_finished_run_restores_the_best_model(trained, tmp_path, cap
     assert (tmp_path / "model.pt").read_bytes() == (folder / "model.pt").read_bytes()
 
 
+def test_resume_onto_a_full_disk_says_so(trained, tmp_path, monkeypatch, capsys):
+    folder, _ = trained["boundary"]
+    shutil.copy(folder / "last.pt", tmp_path)
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    status, _, err = call(resuming(folder, tmp_path), capsys)
+    one_line(status, err, "No space left")
+
+
 def test_a_model_taken_away_while_training_is_written_again(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write_data(tmp_path / "data")
@@ -913,10 +929,9 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path, monkey
 
 
 @pytest.mark.parametrize("kind", [[], ["--boundary"]], ids=["foreground", "boundary"])
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys, kind):
-    monkeypatch.chdir(tmp_path)
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, kind):
     write_data(tmp_path / "data")
-    status, _, err = call([*SMALL, *kind, "--epochs", "5", "--lr", "1e30", "--out", "out"], capsys)
+    status, _, err = run(*SMALL, *kind, "--epochs", "5", "--lr", "1e30", "--out", "out", cwd=tmp_path, timeout=300)
     assert status == 2 and "epoch" in err and "--lr" in err and len(err.splitlines()) == 1
     if (tmp_path / "out/last.pt").exists():
         assert all(v.isfinite().all() for v in un.load_checkpoint(tmp_path / "out/last.pt", dict)["model"].values())

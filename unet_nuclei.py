@@ -896,11 +896,12 @@ def resume(last, parts, fixed):
             require(value == state["fixed"][key], f"--resume: {key} is {value}, in {last} {state['fixed'][key]}; give the same")
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        if RANK == 0:
-            write_file(last.with_name("model.pt"), state["best"].numpy())
-        return state["history"]
+        return state["history"], state["best"].numpy()
 
-    return load_checkpoint(last, load)
+    history, best = load_checkpoint(last, load)
+    if RANK == 0:
+        write_file(last.with_name("model.pt"), best)
+    return history
 
 
 def one_cycle(step, steps):
