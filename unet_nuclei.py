@@ -58,26 +58,6 @@ TILE, MARGIN = 1536, 128  # of a large image; the receptive field reaches 103 pi
 IOU_THRESHOLDS = tuple(i / 100 for i in range(50, 100, 5))  # of AP 0.5:0.95
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
 NOTEBOOK = "ipykernel" in sys.modules
-# Tuned at width 16 on training images held out for it; AP is at IoU 0.5:
-DROPOUT = 0.2  # of the deepest channels, with --boundary only: AP 0.786 and 0.787 (two seeds), without 0.779 and 0.782
-OFFSET_WEIGHT = 5.0  # of the offsets in the loss: AP 0.794, 0.796 for 0.792, 0.793; of dimmed ones 0.771, 0.777 for 0.755, 0.765
-NUCLEUS_WEIGHT = 4.0  # of nuclei against background in the loss: with 4 for 1, AP of dimmed images 0.67 for 0.48
-# Least nucleus probability of a pixel: 0.8 undoes the weight, 4 / (4 + 1). Least confidence in an instance: with 0.75 or 0.79 AP
-# changes by 0.003, of noisy images by up to 0.014; with its first part alone, above 0.9, AP is 0.790 and 0.793 for 0.794 and
-# 0.796. Rise of a marker: 0.10 or 0.15 give at most 0.003 less. Mean confidence of an image that is no doubt: see SHRUNKEN.
-BOUNDARY_THRESHOLDS = {"nucleus": 0.8, "confidence": 0.765, "rise": 0.12, "sure": 0.86}
-FOREGROUND_THRESHOLDS = {"nucleus": 0.5, "confidence": 0.5, "core": 0.9, "sure": 0.9}
-# Typical sizes of nuclei in pixels to which images of smaller and of larger nuclei are resized for a second look. AP with it
-# 0.793, without 0.789; halved 0.80 and 0.70, magnified 3x 0.84 and 0.82. 14 and 17 for 20, and 40 and 50 for 30, are no better.
-SMALL, LARGE, MOST = 20, 30, 2**26  # MOST: pixels of the resized image, for the memory
-# Shrunken looks where instances are in doubt. Of held-out images as they are, 2 % get them, for an AP of 0.793 all the same; with
-# 12 photons at the brightest it is 0.706 for 0.697, in coarse grain 0.70 for 0.61, of large nuclei in coarse grain 0.54 for 0.21
-# (means of two seeds). Calling 0.87 or 0.88 no doubt gives the same for more looks.
-SHRUNKEN = (0.7, 0.5, 0.35, 0.25)
-# By how much confidence a further look must lead to be kept. With the second look always, AP of validation images is 0.814 for
-# 0.828 (mean of two networks), blurred 0.736 for 0.774, in coarse grain 0.282 for 0.536; of held-out images 0.795 for 0.793, of
-# large nuclei in coarse grain 0.471 for 0.541; of unseen kinds between 0.014 less and 0.027 more. 0.005 to 0.02 change little.
-LEAD = 0.01
 
 
 class UserError(Exception):
@@ -515,6 +495,11 @@ def memory_format(device, training):
 
 
 # ---------------------------------------------------------------- loss and scores
+# Tuned, as all constants below, at width 16 on training images held out for it; AP is at IoU 0.5.
+NUCLEUS_WEIGHT = 4.0  # of nuclei against background: AP of dimmed images 0.67 for 0.48 with a weight of 1
+OFFSET_WEIGHT = 5.0  # AP 0.794 and 0.796 (two seeds) for 0.792 and 0.793 without offsets; dimmed 0.771, 0.777 for 0.755, 0.765
+
+
 def loss_function(logits, target):
     """Binary cross entropy for one channel; for three, cross entropy with class probabilities, nuclei weighted.
 
@@ -630,6 +615,14 @@ def predict(model, image, tile=TILE, margin=MARGIN):
 
 
 # ---------------------------------------------------------------- instances
+# nucleus: least probability of its pixels; 0.8 undoes NUCLEUS_WEIGHT, 4 / (4 + 1). core: of components before they grow.
+# rise: of a summit above the pass to a higher one; 0.10 and 0.15 give at most 0.003 less AP.
+# confidence: the least of an instance; 0.75 and 0.79 change AP by 0.003, of noisy images by up to 0.014.
+# sure: mean confidence of an image that needs no shrunken look; 0.87 and 0.88 give the same AP with more looks.
+BOUNDARY_THRESHOLDS = {"nucleus": 0.8, "rise": 0.12, "confidence": 0.765, "sure": 0.86}
+FOREGROUND_THRESHOLDS = {"nucleus": 0.5, "core": 0.9, "confidence": 0.5, "sure": 0.9}
+
+
 def connected_components(foreground_prediction, threshold=0.5):
     """(H, W) foreground probabilities -> (H, W) int32 ids of the connected components above the threshold."""
     return label(np.asarray(foreground_prediction) > threshold, connectivity=1).astype(np.int32)
@@ -666,7 +659,8 @@ def confidence(instances, probabilities):
     """How sure instances 1..n of (1 or 3, H, W) probabilities are, (n,) and at most 1: the mean probability of their pixels.
 
     With three classes less the mean difference of the predicted foreground from the target that these instances would make: a
-    nucleus in pieces, or two nuclei in one, have other summits than the network saw.
+    nucleus in pieces, or two nuclei in one, have other summits than the network saw. AP (two seeds) is 0.794 and 0.796 for
+    0.790 and 0.793 with the probability alone, above 0.9.
     """
     score = probabilities[0]
     if len(probabilities) == 3:
@@ -691,6 +685,18 @@ def typical_size(instances):
     """Root of the area of the nucleus that the median nucleus pixel lies in: crumbs hardly change it. 0 without nuclei."""
     areas = np.sort(np.bincount(instances.ravel())[1:])
     return math.sqrt(areas[np.searchsorted(areas.cumsum(), areas.sum() / 2)]) if len(areas) else 0.0
+
+
+# Typical sizes of nuclei in pixels to which images of smaller and of larger ones are resized for a second look. AP is 0.793
+# for 0.789 without; halved 0.80 for 0.70, magnified 3x 0.84 for 0.82. 14 and 17 for 20, and 40 and 50 for 30, are no better.
+SMALL, LARGE, MOST = 20, 30, 2**26  # MOST: pixels of a resized image, for the memory
+# Shrunken looks at an image in doubt. Of held-out images as they are 2 % get them, with no change of AP; with 12 photons at the
+# brightest it is 0.706 for 0.697, in coarse grain 0.70 for 0.61, of large nuclei there 0.54 for 0.21 (means of two seeds).
+SHRUNKEN = (0.7, 0.5, 0.35, 0.25)
+# By how much confidence a further look must lead to be kept. With the second look always, AP of validation images is 0.814 for
+# 0.828, blurred 0.736 for 0.774, in coarse grain 0.282 for 0.536; of held-out images 0.795 for 0.793, of large nuclei in coarse
+# grain 0.471 for 0.541; of unseen kinds between 0.014 less and 0.027 more. 0.005 to 0.02 change little.
+LEAD = 0.01
 
 
 def segment(model, image):
@@ -729,6 +735,9 @@ def segment(model, image):
 
 
 # ---------------------------------------------------------------- training
+DROPOUT = 0.2  # of the deepest channels, with --boundary only: AP 0.786 and 0.787 (two seeds) for 0.779 and 0.782
+
+
 class Muon(torch.optim.Adam):
     """Adam, but kernels between hidden channels step along their momentum made orthogonal (Jordan et al. 2024, Muon).
 
