@@ -916,7 +916,7 @@ def test_resume_refuses_the_optimizer_of_another_version(trained, tmp_path, caps
 
 
 def test_a_full_disk_ends_with_one_line_and_the_last_checkpoint(tmp_path):
-    """A file system of its own where the machine lets us mount one, else a limit on the size of files."""
+    """A limit on the size of files stands in for the disk."""
     out = tmp_path / "out"
     data = write_data(tmp_path / "data")
     command = f"ulimit -f 300; exec {sys.executable} {SCRIPT} --boundary --data {data} --width 4 --epochs 3 --out {out}"
