@@ -443,6 +443,27 @@ def test_muon_moves_every_weight_and_hidden_kernels_by_its_rate():
     assert change["out.weight"].abs().max() == pytest.approx(0.006, rel=0.01)  # Adam's first step is its rate
 
 
+def test_half_precision_with_a_loss_scale_trains_as_float32(monkeypatch):
+    """As on a T4: the script takes this pair on GPUs alone, which need not have the fused Adam."""
+    plain = torch.optim.Adam.__init__
+    monkeypatch.setattr(torch.optim.Adam, "__init__", lambda *args, fused, **more: plain(*args, fused=False, **more))
+    image, mask = un.draw_nuclei(np.random.default_rng(0))
+    batch = torch.from_numpy(un.rescale(image))[None, None], un.nucleus_target(mask)[None]
+
+    def losses(precision, scale):
+        torch.manual_seed(0)
+        model = un.build_model({"boundary": True, "width": 4}, CPU, precision)
+        optimizer = un.Muon(model, 0.02)
+        schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=precision == torch.float16)
+        return [un.train_epoch(model, [batch], optimizer, schedule, scaler)[0] for _ in range(8)]
+
+    full, half = losses(torch.float32, 1.0), losses(torch.float16, 2.0**12)
+    assert half == pytest.approx(full, rel=0.02) and full[-1] < 0.8 * full[0]
+    with pytest.warns(UserWarning, match="lr_scheduler"):  # steps that overflow are passed over
+        assert losses(torch.float16, 2.0**60)[-1] > 0.95 * full[0]
+
+
 # ---------------------------------------------------------------- prediction
 @pytest.mark.parametrize("shape", [(1, 40), (40, 1), (17, 300), (16, 16), (1, 1), (33, 47), (256, 256)])
 @pytest.mark.parametrize("channels", [1, 3])

@@ -948,7 +948,8 @@ def run_training(args, samples, checksum, device, precision):
     if WORLD_SIZE > 1:
         network = nn.parallel.DistributedDataParallel(model)
     optimizer = Muon(network, args.lr)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == torch.float16)
+    # of torch's own 2**16 the first gradients, up to 4, overflow, and it warns of a step left out
+    scaler = torch.amp.GradScaler(device.type, init_scale=2.0**12, enabled=precision == torch.float16)
     parts, history = {"model": model, "optimizer": optimizer, "scaler": scaler}, []
     fixed = {key: getattr(args, key) for key in ("boundary", "width", "batch_size", "lr", "seed")}
     fixed |= {"data": checksum, "processes": WORLD_SIZE}
