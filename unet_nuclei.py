@@ -1037,17 +1037,18 @@ def classes(probabilities):
     return (np.stack([red, green, 0 * red], -1) * 255).astype(np.uint8)
 
 
-def sheet(headings, rows, size=300):
+def sheet(headings, rows):
     """Picture of rows, each (caption above it, (H, W, 3) pictures), under headings; large pictures are cut to their middle."""
-    canvas = Image.new("RGB", (len(headings) * (size + 6), 22 + len(rows) * (size + 22)), "white")
+    width, height = CROP + 6, CROP + 22
+    canvas = Image.new("RGB", (len(headings) * width, 22 + len(rows) * height), "white")
     draw = ImageDraw.Draw(canvas)
     for column, heading in enumerate(headings):
-        draw.text((column * (size + 6) + 4, 5), heading, fill="black")
-    for y, (caption, pictures) in zip(itertools.count(22, size + 22), rows):
+        draw.text((column * width + 4, 5), heading, fill="black")
+    for y, (caption, pictures) in zip(itertools.count(22, height), rows):
         draw.text((4, y + 4), caption, fill="black")
         for column, picture in enumerate(pictures):
-            top, left = (max(0, (n - size) // 2) for n in picture.shape[:2])
-            canvas.paste(Image.fromarray(picture[top : top + size, left : left + size]), (column * (size + 6), y + 20))
+            top, left = (max(0, (n - CROP) // 2) for n in picture.shape[:2])
+            canvas.paste(Image.fromarray(picture[top : top + CROP, left : left + CROP]), (column * width, y + 20))
     return canvas
 
 
@@ -1058,7 +1059,7 @@ def data_picture(dataset):
         image, mask = seen[i]
         target = dataset.mask_transform(mask.numpy()).numpy()[:3]
         rows.append(("", [gray(image[0].numpy()), colored(mask.numpy()), classes(target)]))
-    return sheet(["training crop", "instances", "target: red boundary, green foreground"], rows, CROP)
+    return sheet(["training crop", "instances", "target: red boundary, green foreground"], rows)
 
 
 def samples_picture(model, samples, f1):
