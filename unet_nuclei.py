@@ -694,8 +694,8 @@ SMALL, LARGE, MOST = 20, 30, 2**26  # MOST: pixels of a resized image, for the m
 # brightest it is 0.706 for 0.697, in coarse grain 0.70 for 0.61, of large nuclei there 0.54 for 0.21 (means of two seeds).
 SHRUNKEN = (0.7, 0.5, 0.35, 0.25)
 # By how much confidence a further look must lead to be kept. With the second look always, AP of validation images is 0.814 for
-# 0.828, blurred 0.736 for 0.774, in coarse grain 0.282 for 0.536; of held-out images 0.795 for 0.793, of large nuclei in coarse
-# grain 0.471 for 0.541; of unseen kinds between 0.014 less and 0.027 more. 0.005 to 0.02 change little.
+# 0.828 (means of two networks), blurred 0.736 for 0.774, in coarse grain 0.282 for 0.536; of held-out images 0.795 for 0.793, of
+# large nuclei in coarse grain 0.471 for 0.541; of unseen kinds between 0.014 less and 0.027 more. 0.005 to 0.02 change little.
 LEAD = 0.01
 
 
@@ -735,7 +735,7 @@ def segment(model, image):
 
 
 # ---------------------------------------------------------------- training
-DROPOUT = 0.2  # of the deepest channels, with --boundary only: AP 0.786 and 0.787 (two seeds) for 0.779 and 0.782
+DROPOUT = 0.2  # of the deepest channels, with --boundary only: AP 0.786 and 0.787 (two seeds) for 0.779 and 0.782 without
 
 
 class Muon(torch.optim.Adam):
@@ -948,7 +948,7 @@ def run_training(args, samples, checksum, device, precision):
     if WORLD_SIZE > 1:
         network = nn.parallel.DistributedDataParallel(model)
     optimizer = Muon(network, args.lr)
-    # of torch's own 2**16 the first gradients, up to 4, overflow, and it warns of a step left out
+    # at torch's own 2**16 the first gradients, of up to 4, overflow fp16, and it warns of a step left out
     scaler = torch.amp.GradScaler(device.type, init_scale=2.0**12, enabled=precision == torch.float16)
     parts, history = {"model": model, "optimizer": optimizer, "scaler": scaler}, []
     fixed = {key: getattr(args, key) for key in ("boundary", "width", "batch_size", "lr", "seed")}
@@ -986,7 +986,7 @@ def run_training(args, samples, checksum, device, precision):
             f"{val_dice:.3f}  F1 {val_f1:.3f}  lr {row['lr']:.1e}  {seconds:.0f} s  {row['images_per_second']:.2f} images/s")
         # by loss, held-out AP is 0.778 and 0.787 (two seeds); by F1, coarse for so few images, 0.759 and 0.787
         best = args.out / "model.pt"
-        if history[-1]["val_loss"] == min(row["val_loss"] for row in history) or not best.exists():  # it was removed
+        if history[-1]["val_loss"] == min(row["val_loss"] for row in history) or not best.exists():  # or removed
             save_checkpoint(best, settings=settings, model=model.state_dict())
         table = [history[0], *(row.values() for row in history)]
         write_file(args.out / "history.csv", "".join(",".join(map(str, line)) + "\n" for line in table).encode())
