@@ -900,14 +900,15 @@ def test_resume_of_a_finished_run_restores_the_best_model(trained, tmp_path, cap
     assert (tmp_path / "model.pt").read_bytes() == (folder / "model.pt").read_bytes()
 
 
+def full_disk(_):
+    """In place of `os.fsync`."""
+    raise OSError(28, "No space left on device")
+
+
 def test_resume_onto_a_full_disk_says_so(trained, tmp_path, monkeypatch, capsys):
     folder, _ = trained["boundary"]
     shutil.copy(folder / "last.pt", tmp_path)
-
-    def full(_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full_disk)
     status, _, err = call(resuming(folder, tmp_path), capsys)
     one_line(status, err, "No space left")
 
@@ -949,11 +950,7 @@ def test_a_full_disk_ends_with_one_line_and_the_last_checkpoint(tmp_path):
 def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
     path = tmp_path / "last.pt"
     un.save_checkpoint(path, n=1)
-
-    def full(_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(OSError):
         un.save_checkpoint(path, n=2)
     assert un.load_checkpoint(path, dict) == {"n": 1} and os.listdir(tmp_path) == ["last.pt"]

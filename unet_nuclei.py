@@ -43,7 +43,7 @@ from scipy.sparse.csgraph import maximum_bipartite_matching
 from skimage.draw import ellipse
 from skimage.measure import label
 from skimage.morphology import local_maxima, reconstruction
-from skimage.segmentation import find_boundaries, relabel_sequential, watershed
+from skimage.segmentation import relabel_sequential, watershed
 from torch import nn
 from torch.nn.utils import fuse_conv_bn_eval
 
@@ -1116,7 +1116,7 @@ def predict_files(model, paths, out):
         labels = instances.astype(np.uint16 if counts[-1] <= 65535 else np.uint32)
         write_file(out / f"{stem}.tif", iio.imwrite("<bytes>", labels, extension=".tif", plugin="tifffile", compression="zlib"))
         picture = gray(image)
-        picture[find_boundaries(instances, mode="inner")] = (255, 220, 0)
+        picture[boundary_target(instances) == 2] = (255, 220, 0)
         write_picture(out / f"{stem}.png", picture)
         say(f"{file}: {counts[-1]} nuclei")
     say(f"{len(counts)} images, {sum(counts)} nuclei, in {out}")
