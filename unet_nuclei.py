@@ -930,7 +930,7 @@ def save_epoch(out, settings, parts, fixed, history):
     # by loss, held-out AP is 0.778 and 0.787 (two seeds); by F1, coarse for so few images, 0.759 and 0.787
     if history[-1]["val_loss"] == min(row["val_loss"] for row in history) or not best.exists():  # or removed
         save_checkpoint(best, settings=settings, model=parts["model"].state_dict())
-    table = [history[0], *(row.values() for row in history)]
+    table = [history[0].keys(), *(row.values() for row in history)]
     write_file(out / "history.csv", "".join(",".join(map(str, line)) + "\n" for line in table).encode())
     write_picture(out / "curves.png", curves_picture(history))
     states = {name: part.state_dict() for name, part in parts.items()}
