@@ -619,7 +619,7 @@ def predict(model, image, tile=TILE, margin=MARGIN):
 # nucleus: least probability of its pixels; 0.8 undoes NUCLEUS_WEIGHT, 4 / (4 + 1). core: of components before they grow.
 # rise: of a summit above the pass to a higher one; 0.10 and 0.15 give at most 0.003 less AP.
 # confidence: the least of an instance; 0.75 and 0.79 change AP by 0.003, of noisy images by up to 0.014.
-# sure: mean confidence of an image that needs no blurred look; 0.87 and 0.88 give the same AP with more looks.
+# sure: mean confidence of an image that needs no blurred look; with 0.88 a fifth of all get one, for 0.004 of AP in texture.
 BOUNDARY_THRESHOLDS = {"nucleus": 0.8, "rise": 0.12, "confidence": 0.765, "sure": 0.86}
 FOREGROUND_THRESHOLDS = {"nucleus": 0.5, "core": 0.9, "confidence": 0.5, "sure": 0.9}
 
@@ -691,7 +691,9 @@ def typical_size(instances):
 # Typical sizes of nuclei in pixels to which images of smaller and of larger ones are resized for a second look. AP is 0.793
 # for 0.789 without; halved 0.80 for 0.70, magnified 3x 0.84 for 0.82. 14 and 17 for 20, and 40 and 50 for 30, are no better.
 SMALL, LARGE, MOST = 20, 30, 2**26  # MOST: pixels of a resized image, for the memory
-# Further looks at an image in doubt: at these sizes, blurred by a Gaussian of this sigma in pixels.
+# Further looks at an image in doubt: in these sizes, blurred by a Gaussian of `BLUR` pixels, texture and noise are gone. 2 % of
+# the images as they are get them, with no change of AP; in coarse grain it is 0.71 for 0.49, of large nuclei there 0.67 for 0.11,
+# not blurred 0.56 and 0.44. Over five textures, two networks, a blur of 1.4 has 0.010 less, a size of 0.7 besides 0.003 more.
 BLURRED, BLUR = (1, 0.5, 0.35, 0.25), 2
 # By how much confidence a further look must lead to be kept; 0.005 to 0.02 change little. With the second look kept always, AP
 # of validation images is 0.814 for 0.828, in coarse grain 0.282 for 0.536, of held-out images 0.795 for 0.793 (two networks), of
