@@ -521,8 +521,8 @@ def segment_as_seen(monkeypatch, mask, see):
 
 
 @pytest.mark.parametrize("side, most, second, best", [
-    (8, 500**2, [500], 500), (16, 500**2, [250], 250), (8, 499**2, [], 200), (25, 500**2, [], 200),
-    (70, 500**2, [86], 86), (70, 500**2, [86], 100), (70, 500**2, [86], 50)])
+    (8, 700**2, [700], 700), (16, 500**2, [350], 350), (8, 699**2, [], 200), (28, 500**2, [], 200),
+    (70, 500**2, [80], 80), (70, 500**2, [80], 100), (70, 500**2, [80], 50)])
 def test_of_several_looks_the_one_of_most_confidence_is_kept(monkeypatch, side, most, second, best):
     mask = squares((5, 5, side, side), (5, 100, side, side), shape=(200, 200))
 
@@ -542,11 +542,11 @@ def test_of_several_looks_the_one_of_most_confidence_is_kept(monkeypatch, side, 
 def test_a_further_look_that_is_hardly_surer_is_dropped(monkeypatch):
     mask = squares((5, 5, 8, 8), (5, 100, 8, 8), shape=(200, 200))
     _, probabilities, looks = segment_as_seen(monkeypatch, mask, lambda shape: un.depth_target(un.resize(mask, shape)).numpy())
-    assert looks[:2] == [200, 500] and np.array_equal(probabilities, un.depth_target(mask))
+    assert looks[:2] == [200, 700] and np.array_equal(probabilities, un.depth_target(mask))
 
 
 def test_a_look_of_much_confidence_is_not_doubted(monkeypatch):
-    mask = squares(*((y, x, 25, 25) for y in (10, 70, 130) for x in (10, 70, 130)), shape=(200, 200))
+    mask = squares(*((y, x, 28, 28) for y in (10, 70, 130) for x in (10, 70, 130)), shape=(200, 200))
     instances, _, looks = segment_as_seen(monkeypatch, mask, lambda shape: un.depth_target(un.resize(mask, shape)).numpy())
     assert looks == [200] and un.match_counts(instances, mask, 0.9) == (9, 0, 0)
 
@@ -1374,7 +1374,7 @@ WITHOUT = {  # names of the script and what they are replaced by, for training a
     "gray levels / 255, in place of percentiles": {"rescale": lambda image: np.asarray(image, np.float32) / 255},
 }
 WITHOUT_AT_PREDICTION = {  # the same for scoring the script's own network
-    "one look, in place of one to six": {"SMALL": 0, "LARGE": np.inf, "BLURRED": ()},
+    "one look, in place of one to six": {"MOST": 0, "BLURRED": ()},
     "markers: foreground above 0.5, in place of summits": {"summits": lambda depth, rise: depth > 0.5},
 }
 
