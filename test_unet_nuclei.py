@@ -506,18 +506,18 @@ def test_typical_size_hardly_minds_crumbs():
     assert un.typical_size(squares((0, 0, 10, 10), (0, 15, 10, 10), *crumbs)) == 10
 
 
-def segment_as_seen(monkeypatch, mask, see):
-    """What `segment` makes of an image where `see`, shape -> probabilities, is the network; and the heights it looked at."""
+def segment_as_seen(monkeypatch, image, see):
+    """What `segment` makes of an image where `see`, image -> probabilities, is the network; and the heights it looked at."""
     looks = []
 
     def predict(model, image):
         looks.append(len(image))
-        return see(image.shape)
+        return see(image)
 
     monkeypatch.setattr(un, "predict", predict)
     settings = {"boundary": True, "width": 1, "thresholds": un.BOUNDARY_THRESHOLDS | {"smallest": 5},
                 "normalization": {"mean": 0, "std": 1}}
-    return *un.segment(un.build_model(settings, CPU, torch.float32), mask * 1.0), looks
+    return *un.segment(un.build_model(settings, CPU, torch.float32), image * 1.0), looks
 
 
 @pytest.mark.parametrize("side, most, second, best", [
@@ -526,9 +526,9 @@ def segment_as_seen(monkeypatch, mask, see):
 def test_of_several_looks_the_one_of_most_confidence_is_kept(monkeypatch, side, most, second, best):
     mask = squares((5, 5, side, side), (5, 100, side, side), shape=(200, 200))
 
-    def see(shape):  # in the best look, nuclei as they ought to look; else one alone, and vaguely
-        seen = un.depth_target(un.resize(mask if shape[0] == best else mask * (mask == 1), shape)).numpy()
-        if shape[0] != best:
+    def see(image):  # in the best look, nuclei as they ought to look; else one alone, and vaguely
+        seen = un.depth_target(un.resize(mask if len(image) == best else mask * (mask == 1), image.shape)).numpy()
+        if len(image) != best:
             seen[1:] = 0.8 * seen[1], seen[2] + 0.2 * seen[1]
         return seen
 
@@ -541,13 +541,13 @@ def test_of_several_looks_the_one_of_most_confidence_is_kept(monkeypatch, side, 
 
 def test_a_further_look_that_is_hardly_surer_is_dropped(monkeypatch):
     mask = squares((5, 5, 8, 8), (5, 100, 8, 8), shape=(200, 200))
-    _, probabilities, looks = segment_as_seen(monkeypatch, mask, lambda shape: un.depth_target(un.resize(mask, shape)).numpy())
+    _, probabilities, looks = segment_as_seen(monkeypatch, mask, lambda x: un.depth_target(un.resize(mask, x.shape)).numpy())
     assert looks[:2] == [200, 700] and np.array_equal(probabilities, un.depth_target(mask))
 
 
 def test_a_look_of_much_confidence_is_not_doubted(monkeypatch):
     mask = squares(*((y, x, 28, 28) for y in (10, 70, 130) for x in (10, 70, 130)), shape=(200, 200))
-    instances, _, looks = segment_as_seen(monkeypatch, mask, lambda shape: un.depth_target(un.resize(mask, shape)).numpy())
+    instances, _, looks = segment_as_seen(monkeypatch, mask, lambda x: un.depth_target(un.resize(mask, x.shape)).numpy())
     assert looks == [200] and un.match_counts(instances, mask, 0.9) == (9, 0, 0)
 
 
@@ -555,15 +555,12 @@ def test_texture_that_leaves_an_image_in_doubt_is_blurred(monkeypatch):
     mask = squares(*((y, x, 25, 25) for y in (10, 70, 130) for x in (10, 70, 130)), shape=(200, 200))
     stripes = mask * (np.arange(200)[:, None] % 2)
 
-    def predict(model, image):  # a network that takes the stripes for nuclei where it sees them
+    def see(image):  # a network that takes the stripes for nuclei where it sees them
         striped = abs(np.diff(image, axis=0)).max() > 0.5
         seen = un.depth_target(un.resize(stripes if striped else mask, image.shape)).numpy()
         return np.stack([seen[0], 0.8 * seen[1], seen[2] + 0.2 * seen[1]]) if striped else seen
 
-    monkeypatch.setattr(un, "predict", predict)
-    settings = {"boundary": True, "width": 1, "thresholds": un.BOUNDARY_THRESHOLDS | {"smallest": 5},
-                "normalization": {"mean": 0, "std": 1}}
-    instances, _ = un.segment(un.build_model(settings, CPU, torch.float32), np.minimum(stripes, 1.0))
+    instances, *_ = segment_as_seen(monkeypatch, np.minimum(stripes, 1), see)
     assert un.match_counts(instances, mask, 0.9) == (9, 0, 0)
 
 
