@@ -688,11 +688,9 @@ def typical_size(instances):
     return math.sqrt(areas[np.searchsorted(areas.cumsum(), areas.sum() / 2)]) if len(areas) else 0.0
 
 
-# Typical sizes of nuclei in pixels, least and largest, by number of classes, to which images outside are resized for a second
-# look. AP where nuclei are small, of held-out images 0.729 for 0.716 without (at 20 pixels 0.734), halved 0.798 for 0.636
-# (0.780), of validation images 0.837 for 0.827 (0.811), means of two networks; 24 is between, 34 no better; magnified 3x it is
-# 0.798 for 0.788, at 30 pixels the same. The test images take 1.47 times as long as at 20. The foreground model has 0.762 halved
-# at 28 pixels, 0.798 at 20.
+# Typical sizes of nuclei in pixels, least and largest, by number of classes; images outside are resized for a second look. AP
+# where nuclei are small, two networks: of held-out images 0.729 for 0.716 without (at 20 pixels 0.734), halved 0.798 for 0.636
+# (0.780), of validation images 0.837 for 0.827 (0.811). The foreground model has 0.762 halved at 28 pixels, 0.798 at 20.
 TYPICAL = {3: (28, 28), 1: (20, 30)}
 MOST = 2**26  # pixels of a resized image, for the memory
 # Further looks at an image in doubt: in these sizes, blurred by a Gaussian of `BLUR` pixels, texture and noise are gone. 2 % of
