@@ -688,18 +688,15 @@ def typical_size(instances):
     return math.sqrt(areas[np.searchsorted(areas.cumsum(), areas.sum() / 2)]) if len(areas) else 0.0
 
 
-# Typical sizes of nuclei in pixels, least and largest, by number of classes; images outside are resized for a second look. AP
-# where nuclei are small, two networks: of held-out images 0.729 for 0.716 without (at 20 pixels 0.734), halved 0.798 for 0.636
-# (0.780), of validation images 0.837 for 0.827 (0.811). The foreground model has 0.762 halved at 28 pixels, 0.798 at 20.
+# Typical size of nuclei in pixels, least and largest, by number of classes; images outside are resized for a second look. With it
+# AP is 0.837 for 0.827 on validation images, 0.798 for 0.636 on halved ones. Halved, the foreground model has 0.798, at 28 0.762.
 TYPICAL = {3: (28, 28), 1: (20, 30)}
 MOST = 2**26  # pixels of a resized image, for the memory
-# Further looks at an image in doubt: in these sizes, blurred by a Gaussian of `BLUR` pixels, texture and noise are gone. 2 % of
-# the images as they are get them, with no change of AP; in coarse grain it is 0.71 for 0.49, of large nuclei there 0.67 for 0.11,
-# not blurred 0.56 and 0.44. Over five textures, two networks, a blur of 1.4 has 0.010 less, a size of 0.7 besides 0.003 more.
+# Images still in doubt get further looks in these sizes, blurred by a Gaussian of `BLUR` pixels: texture and noise are gone.
+# AP in coarse grain is 0.71 for 0.49, of large nuclei 0.67 for 0.11; 2 % of images as they are get them, with no change of AP.
 BLURRED, BLUR = (1, 0.5, 0.35, 0.25), 2
-# By how much confidence a further look must lead to be kept; 0.005 to 0.02 change little. With a second look at 20 to 30 pixels
-# kept always, AP of validation images is 0.814 for 0.828, in coarse grain 0.282 for 0.536, of held-out images 0.795 for 0.793
-# (two networks), of unseen kinds between 0.014 less and 0.027 more.
+# How much surer a further look must be. If any second look were kept, AP of validation images would be 0.814 for 0.828, in coarse
+# grain 0.282 for 0.536; 0.005 to 0.02 change little.
 LEAD = 0.01
 
 
