@@ -539,10 +539,19 @@ def test_of_several_looks_the_one_of_most_confidence_is_kept(monkeypatch, side, 
     assert probabilities.shape == (3, 200, 200)
 
 
-def test_a_further_look_that_is_hardly_surer_is_dropped(monkeypatch):
-    mask = squares((5, 5, 8, 8), (5, 100, 8, 8), shape=(200, 200))
-    _, probabilities, looks = segment_as_seen(monkeypatch, mask, lambda x: un.depth_target(un.resize(mask, x.shape)).numpy())
-    assert looks[:2] == [200, 700] and np.array_equal(probabilities, un.depth_target(mask))
+@pytest.mark.parametrize("resized, blurred, nuclei", [
+    (0.02, 0, 2), (0.03, 0, 3), (0.02, 0.01, 4), (0.03, 0.02, 3), (0.03, 0.04, 4)])
+def test_how_much_surer_a_further_look_must_be(monkeypatch, resized, blurred, nuclei):
+    looks = iter([(2, 0.8), (3, 0.8 + resized), (4, 0.8 + blurred), (5, 0), (6, 0), (7, 0)])  # nuclei found, how surely
+
+    def decode(probabilities, thresholds):
+        n, sure = next(looks)
+        boxes = ((5, 20 * i, 8, 8) for i in range(n))
+        return un.resize(squares(*boxes, shape=(200, 200)), probabilities.shape[1:]), np.array([1.5 * sure - 0.25] * 2)
+
+    monkeypatch.setattr(un, "decode", decode)
+    instances, _, _ = segment_as_seen(monkeypatch, np.eye(200), lambda image: np.zeros((3, *image.shape), np.float32))
+    assert instances.max() == nuclei and next(looks, None) is None
 
 
 def test_a_look_of_much_confidence_is_not_doubted(monkeypatch):
