@@ -540,7 +540,7 @@ def test_of_several_looks_the_one_of_most_confidence_is_kept(monkeypatch, side, 
 
 
 @pytest.mark.parametrize("resized, blurred, nuclei", [
-    (0.02, 0, 2), (0.03, 0, 3), (0.02, 0.01, 4), (0.03, 0.02, 3), (0.03, 0.04, 4)])
+    (0.005, 0, 2), (0.02, 0, 3), (0.005, 0.008, 2), (0.005, 0.02, 4), (0.02, 0.025, 3), (0.02, 0.04, 4)])
 def test_how_much_surer_a_further_look_must_be(monkeypatch, resized, blurred, nuclei):
     looks = iter([(2, 0.8), (3, 0.8 + resized), (4, 0.8 + blurred), (5, 0), (6, 0), (7, 0)])  # nuclei found, how surely
 
