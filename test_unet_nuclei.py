@@ -544,7 +544,7 @@ def test_of_several_looks_the_one_of_most_confidence_is_kept(monkeypatch, side, 
 def test_how_much_surer_a_further_look_must_be(monkeypatch, resized, blurred, nuclei):
     looks = iter([(2, 0.8), (3, 0.8 + resized), (4, 0.8 + blurred), (5, 0), (6, 0), (7, 0)])  # nuclei found, how surely
 
-    def decode(probabilities, thresholds):
+    def decode(probabilities, thresholds):  # confidences of two, of which with one more of a half the mean is `sure`
         n, sure = next(looks)
         boxes = ((5, 20 * i, 8, 8) for i in range(n))
         return un.resize(squares(*boxes, shape=(200, 200)), probabilities.shape[1:]), np.array([1.5 * sure - 0.25] * 2)
