@@ -539,6 +539,12 @@ def test_of_several_looks_the_one_of_most_confidence_is_kept(monkeypatch, side, 
     assert probabilities.shape == (3, 200, 200)
 
 
+def test_a_further_look_that_is_not_surer_is_dropped(monkeypatch):
+    mask = squares((5, 5, 8, 8), (5, 100, 8, 8), shape=(200, 200))
+    _, probabilities, looks = segment_as_seen(monkeypatch, mask, lambda x: un.depth_target(un.resize(mask, x.shape)).numpy())
+    assert looks[:2] == [200, 700] and np.array_equal(probabilities, un.depth_target(mask))
+
+
 @pytest.mark.parametrize("resized, blurred, nuclei", [
     (0.005, 0, 2), (0.02, 0, 3), (0.005, 0.008, 2), (0.005, 0.02, 4), (0.02, 0.025, 3), (0.02, 0.04, 4)])
 def test_how_much_surer_a_further_look_must_be(monkeypatch, resized, blurred, nuclei):
