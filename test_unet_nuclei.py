@@ -8,6 +8,7 @@ import gc
 import hashlib
 import http.server
 import json
+import math
 import os
 import random
 import shutil
@@ -292,6 +293,14 @@ def test_augment_keeps_image_and_mask_together():
 
 
 # ---------------------------------------------------------------- scores
+def test_loss_of_classes_by_hand():
+    target = torch.tensor([[[[1.0, 0.0]], [[0.0, 0.25]], [[0.0, 0.75]]]])  # a pixel of background, one of a nucleus
+    logits = torch.tensor([[[[0.5, 0.2]], [[0.3, 0.4]], [[0.2, 0.4]]]]).log()
+    expected = (-math.log(0.5) - un.NUCLEUS_WEIGHT * math.log(0.4)) / 2
+    torch.testing.assert_close(un.loss_function(logits, target), torch.tensor(expected))
+    torch.testing.assert_close(un.loss_function(torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2)), torch.tensor(math.log(2)))
+
+
 def test_loss_of_offsets_is_their_squared_error_within_nuclei():
     target = un.nucleus_target(squares((2, 2, 5, 9), shape=(16, 16)))[None]
     classes = target[:, :3].clamp(1e-6).log()
