@@ -29,7 +29,9 @@ import pytest
 import scipy
 import torch
 from scipy.optimize import linear_sum_assignment
-from skimage.segmentation import find_boundaries
+from skimage.measure import label
+from skimage.morphology import local_maxima, reconstruction
+from skimage.segmentation import find_boundaries, watershed
 
 import unet_nuclei as un
 
@@ -407,6 +409,19 @@ def test_instances_of_plain_and_of_unequal_maps():
         un.instance_segmentation(np.zeros((20, 30)), np.zeros((30, 20)))
 
 
+@pytest.mark.parametrize("rise", [0.05, 0.12, 0.3])
+def test_instances_are_the_basins_of_the_h_maxima(rise):
+    mask = un.draw_nuclei(np.random.default_rng(4), 400)[1]
+    noisy = un.depth_target(mask)[1].numpy() + 0.3 * np.random.default_rng(0).standard_normal(mask.shape).astype(np.float32)
+    foreground = np.where(mask > 0, noisy.clip(0, 1), 0)
+    depth = np.where(mask > 0, scipy.ndimage.gaussian_filter(foreground, 1), 0)
+    lowered = reconstruction(depth - np.float32(rise), depth, footprint=scipy.ndimage.generate_binary_structure(2, 1))
+    tops = label(local_maxima(lowered, connectivity=1) & (mask > 0), connectivity=1)
+    instances = un.instance_segmentation(foreground, mask > 0, 0.5, rise)
+    assert len(np.unique(mask[mask > 0])) <= tops.max() == instances.max()
+    assert un.f1_score(instances, watershed(-depth, tops, mask=mask > 0), 0.9) > 0.97
+
+
 def test_connected_components():
     assert un.connected_components(TWO * 0.4).max() == 1 and un.connected_components((TWO > 0) * 0.9).max() == 2
 
@@ -484,6 +499,13 @@ def test_predict_at_awkward_sizes(shape, channels):
         assert np.allclose(probabilities.sum(0), 1, atol=1e-5)
 
 
+def test_prediction_both_ways_is_their_mean():
+    model, image = un.UNet(1, 3, 2), np.random.default_rng(0).normal(size=(50, 80))
+    across = un.predict(model, np.ascontiguousarray(image.T)).transpose(0, 2, 1)
+    both = un.predict_both_ways(model, image)
+    assert np.abs(both - (un.predict(model, image) + across) / 2).max() < 1e-6 < np.abs(both - across).max()
+
+
 def test_tiles_agree_with_the_whole_image():
     torch.manual_seed(0)
     model, image = un.UNet(1, 3, 4), np.random.default_rng(1).normal(size=(700, 530)).astype(np.float32)
@@ -523,7 +545,7 @@ def segment_as_seen(monkeypatch, image, see):
         looks.append(len(image))
         return see(image)
 
-    monkeypatch.setattr(un, "predict", predict)
+    monkeypatch.setattr(un, "predict_both_ways", predict)
     settings = {"boundary": True, "width": 1, "thresholds": un.BOUNDARY_THRESHOLDS | {"smallest": 5},
                 "normalization": {"mean": 0, "std": 1}}
     return *un.segment(un.build_model(settings, CPU, torch.float32), image * 1.0), looks
@@ -623,12 +645,6 @@ def test_the_margin_covers_the_receptive_field():
         rows = x.grad[0, 0].abs().amax(1).nonzero()
         reach = max(reach, y - int(rows.min()), int(rows.max()) - y)
     assert 80 < reach <= un.MARGIN
-
-
-def test_markers_do_not_depend_on_tiles():
-    depth = un.depth_target(un.draw_nuclei(np.random.default_rng(5), 400)[1])[1].numpy()
-    depth += 0.05 * np.random.default_rng(0).standard_normal(depth.shape).astype(np.float32)
-    assert np.array_equal(un.summits(depth, 0.12, tile=96), un.summits(depth, 0.12))
 
 
 # ---------------------------------------------------------------- data
@@ -1378,6 +1394,11 @@ def turned(image, mask):
     return tuple(np.ascontiguousarray(np.rot90(array, turns)[:, :: 1 - 2 * flip]) for array in (image, mask))
 
 
+def plain_markers(foreground, boundary, threshold, rise):
+    markers = un.connected_components(scipy.ndimage.gaussian_filter(foreground, 1))
+    return watershed(-foreground, markers, mask=foreground + boundary > threshold)
+
+
 def adam(model, lr):
     return torch.optim.Adam(model.parameters(), 0.06 * lr)
 
@@ -1396,7 +1417,8 @@ WITHOUT = {  # names of the script and what they are replaced by, for training a
 }
 WITHOUT_AT_PREDICTION = {  # the same for scoring the script's own network
     "one look, in place of one to six": {"MOST": 0, "BLURRED": ()},
-    "markers: foreground above 0.5, in place of summits": {"summits": lambda depth, rise: depth > 0.5},
+    "one way, in place of transposed too": {"predict_both_ways": un.predict},
+    "markers: foreground above 0.5, in place of summits": {"instance_segmentation": plain_markers},
 }
 
 

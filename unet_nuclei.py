@@ -42,7 +42,6 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import maximum_bipartite_matching
 from skimage.draw import ellipse
 from skimage.measure import label
-from skimage.morphology import local_maxima, reconstruction
 from skimage.segmentation import relabel_sequential, watershed
 from torch import nn
 from torch.nn.utils import fuse_conv_bn_eval
@@ -612,6 +611,15 @@ def predict(model, image, tile=TILE, margin=MARGIN):
     return result
 
 
+def predict_both_ways(model, image):
+    """The mean of `predict` for the image and, turned back, for its transpose.
+
+    AP of validation images is 0.844 and 0.838 (two networks) for 0.837 and 0.831 one way, AP 0.5:0.95 0.547 and 0.549 for 0.535
+    and 0.541. The mean over all eight flips and turns has the same AP, and 0.551 for 0.546, in four times the time.
+    """
+    return (predict(model, image) + predict(model, image.T).swapaxes(1, 2)) / 2
+
+
 # ---------------------------------------------------------------- instances
 # nucleus: least probability of its pixels; 0.8 undoes NUCLEUS_WEIGHT, 4 / (4 + 1). core: of components before they grow.
 # rise: of a summit above the pass to a higher one; 0.10 and 0.15 give at most 0.003 less AP.
@@ -626,18 +634,6 @@ def connected_components(foreground_prediction, threshold=0.5):
     return label(np.asarray(foreground_prediction) > threshold, connectivity=1).astype(np.int32)
 
 
-def summits(depth, rise, tile=TILE):
-    """(H, W) bool: the tops of what rises by `rise` above the pass to anything higher (extended maxima, Soille 2003, sec. 6.3).
-
-    A top reaches `rise` down, so that peaks of one height with a shallower pass between them are one.
-    """
-    def tops(part):
-        lowered = np.pad(reconstruction(part - rise, part), 1, constant_values=-np.inf)  # else a part all of one height has none
-        return local_maxima(lowered)[1:-1, 1:-1]
-
-    return on_tiles(tops, depth, tile)
-
-
 def instance_segmentation(foreground_prediction, boundary_prediction, threshold=0.5, rise=BOUNDARY_THRESHOLDS["rise"]):
     """(H, W) probabilities of foreground and boundary -> (H, W) int32 instance ids, 0 is background.
 
@@ -647,10 +643,38 @@ def instance_segmentation(foreground_prediction, boundary_prediction, threshold=
     foreground, boundary = np.asarray(foreground_prediction, np.float32), np.asarray(boundary_prediction, np.float32)
     if foreground.shape != boundary.shape:
         raise ValueError(f"shapes differ: {foreground.shape} and {boundary.shape}")
-    inside = foreground + boundary > threshold
-    # weights that diverged give NaN, on which skimage's reconstruction never ends
     depth = ndimage.gaussian_filter(np.nan_to_num(foreground), 1)
-    return watershed(-depth, np.where(inside, label(summits(depth, rise)), 0), mask=inside).astype(np.int32)
+    depth = np.pad(np.where(foreground + boundary > threshold, depth, -np.inf), 1, constant_values=-np.inf)
+    basins = watershed(-depth, mask=depth > -np.inf)  # one of each summit, in images all of one height too, for the rim
+    return merge_basins(basins, depth, rise)[1:-1, 1:-1]
+
+
+def merge_basins(basins, depth, rise):
+    """(H, W) watershed basins 1..n of the depth, -inf outside -> int32 ids 1..m, joined where the pass between them is shallow.
+
+    The lower of two summits then rises by less than `rise` above the pass. The others are the h-maxima (Soille 2003, sec.
+    6.3), which skimage's `h_maxima` finds in five to ten times the time of all this, as it sorts all pixels twice.
+    """
+    summits = np.zeros(basins.max() + 1, depth.dtype)
+    np.maximum.at(summits, basins, depth)
+    pairs, passes = [], []
+    for one, other in (np.s_[1:], np.s_[:-1]), (np.s_[:, 1:], np.s_[:, :-1]):  # all pixels and their neighbours
+        heights, lower = np.minimum(depth[one], depth[other]), np.minimum(summits[basins[one]], summits[basins[other]])
+        shallow = (basins[one] != basins[other]) & (lower - heights < rise)
+        pairs += zip(basins[one][shallow].tolist(), basins[other][shallow].tolist())
+        passes += heights[shallow].tolist()
+    parent = list(range(len(summits)))
+
+    def root(i):
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return i
+
+    for k in np.argsort(passes)[::-1]:  # from the highest down
+        low, high = sorted(map(root, pairs[k]), key=summits.__getitem__)
+        if summits[low] - passes[k] < rise:
+            parent[low] = high
+    return np.unique([root(i) for i in parent], return_inverse=True)[1].astype(np.int32)[basins]
 
 
 def confidence(instances, probabilities):
@@ -708,7 +732,7 @@ def segment(model, image):
 
     def look(factor, blur=0):
         resized = resize(image, tuple(max(1, round(side * factor)) for side in image.shape))
-        probabilities = predict(model, ndimage.gaussian_filter(resized, blur))
+        probabilities = predict_both_ways(model, ndimage.gaussian_filter(resized, blur))
         instances, confidences = decode(probabilities, thresholds | {"smallest": thresholds["smallest"] * factor**2})
         # with one more instance of one half, since few prove little: else a single blob was preferred to 250 small nuclei
         return (confidences.sum() + 0.5) / (len(confidences) + 1), factor, instances, probabilities
