@@ -499,13 +499,6 @@ def test_predict_at_awkward_sizes(shape, channels):
         assert np.allclose(probabilities.sum(0), 1, atol=1e-5)
 
 
-def test_prediction_both_ways_is_their_mean():
-    model, image = un.UNet(1, 3, 2), np.random.default_rng(0).normal(size=(50, 80))
-    across = un.predict(model, np.ascontiguousarray(image.T)).transpose(0, 2, 1)
-    both = un.predict_both_ways(model, image)
-    assert np.abs(both - (un.predict(model, image) + across) / 2).max() < 1e-6 < np.abs(both - across).max()
-
-
 def test_tiles_agree_with_the_whole_image():
     torch.manual_seed(0)
     model, image = un.UNet(1, 3, 4), np.random.default_rng(1).normal(size=(700, 530)).astype(np.float32)
@@ -545,7 +538,7 @@ def segment_as_seen(monkeypatch, image, see):
         looks.append(len(image))
         return see(image)
 
-    monkeypatch.setattr(un, "predict_both_ways", predict)
+    monkeypatch.setattr(un, "predict", predict)
     settings = {"boundary": True, "width": 1, "thresholds": un.BOUNDARY_THRESHOLDS | {"smallest": 5},
                 "normalization": {"mean": 0, "std": 1}}
     return *un.segment(un.build_model(settings, CPU, torch.float32), image * 1.0), looks
@@ -1417,7 +1410,6 @@ WITHOUT = {  # names of the script and what they are replaced by, for training a
 }
 WITHOUT_AT_PREDICTION = {  # the same for scoring the script's own network
     "one look, in place of one to six": {"MOST": 0, "BLURRED": ()},
-    "one way, in place of transposed too": {"predict_both_ways": un.predict},
     "markers: foreground above 0.5, in place of summits": {"instance_segmentation": plain_markers},
 }
 
