@@ -1388,8 +1388,9 @@ def turned(image, mask):
 
 
 def plain_markers(foreground, boundary, threshold, rise):
-    markers = un.connected_components(scipy.ndimage.gaussian_filter(foreground, 1))
-    return watershed(-foreground, markers, mask=foreground + boundary > threshold)
+    """Instances from the components of the smoothed foreground, in place of its summits."""
+    depth, inside = scipy.ndimage.gaussian_filter(foreground, 1), foreground + boundary > threshold
+    return watershed(-depth, np.where(inside, label(depth > 0.5), 0), mask=inside)
 
 
 def adam(model, lr):
