@@ -640,7 +640,7 @@ def merge_basins(basins, depth, rise):
     summits = np.zeros(basins.max() + 1, depth.dtype)
     np.maximum.at(summits, basins, depth)
     pairs, passes = [], []
-    for shift in (0, 1), (1, -1), (1, 0), (1, 1):  # each pixel and its eight neighbours, by halves
+    for shift in (0, 1), (1, -1), (1, 0), (1, 1):  # half of the eight neighbours; for these, it is one of the other half
         other, heights = np.roll(basins, shift, (0, 1)), np.minimum(depth, np.roll(depth, shift, (0, 1)))
         shallow = (basins != other) & (np.minimum(summits[basins], summits[other]) - heights < rise)
         pairs += zip(basins[shallow].tolist(), other[shallow].tolist())
