@@ -38,6 +38,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from scipy import ndimage
+from scipy.cluster.hierarchy import DisjointSet
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import maximum_bipartite_matching
 from skimage.draw import ellipse
@@ -645,18 +646,14 @@ def merge_basins(basins, depth, rise):
         shallow = (basins != other) & (np.minimum(summits[basins], summits[other]) - heights < rise)
         pairs += zip(basins[shallow].tolist(), other[shallow].tolist())
         passes += heights[shallow].tolist()
-    parent = list(range(len(summits)))
-
-    def root(i):
-        while parent[i] != i:
-            parent[i] = i = parent[parent[i]]
-        return i
-
+    groups = DisjointSet(range(len(summits)))
     for k in np.argsort(passes)[::-1]:  # from the highest down
-        low, high = sorted(map(root, pairs[k]), key=summits.__getitem__)
-        if summits[low] - passes[k] < rise:
-            parent[low] = high
-    return np.unique([root(i) for i in parent], return_inverse=True)[1].astype(np.int32)[basins]
+        one, other = (groups[basin] for basin in pairs[k])
+        low, high = sorted((summits[one], summits[other]))
+        if low - passes[k] < rise:
+            groups.merge(one, other)
+            summits[groups[one]] = high
+    return np.unique([groups[basin] for basin in range(len(summits))], return_inverse=True)[1].astype(np.int32)[basins]
 
 
 def confidence(instances, probabilities):
