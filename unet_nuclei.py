@@ -638,22 +638,26 @@ def merge_basins(basins, depth, rise):
     6.3), which skimage's `h_maxima` finds in five to ten times the time of all this, as it sorts all pixels twice. The pixels
     at the edge must be outside.
     """
-    summits = np.zeros(basins.max() + 1, depth.dtype)
+    n = int(basins.max()) + 1
+    summits = np.zeros(n, depth.dtype)
     np.maximum.at(summits, basins, depth)
     pairs, passes = [], []
     for shift in (0, 1), (1, -1), (1, 0), (1, 1):  # half of the eight neighbours; for these, it is one of the other half
         other, heights = np.roll(basins, shift, (0, 1)), np.minimum(depth, np.roll(depth, shift, (0, 1)))
         shallow = (basins != other) & (np.minimum(summits[basins], summits[other]) - heights < rise)
-        pairs += zip(basins[shallow].tolist(), other[shallow].tolist())
-        passes += heights[shallow].tolist()
-    groups = DisjointSet(range(len(summits)))
-    for k in np.argsort(passes)[::-1]:  # from the highest down
-        one, other = (groups[basin] for basin in pairs[k])
+        pairs.append(basins[shallow] * np.int64(n) + other[shallow])
+        passes.append(heights[shallow])
+    pairs, passes = np.concatenate(pairs), np.concatenate(passes)
+    order = np.argsort(passes)[::-1]  # from the highest down, and of each two basins the highest alone
+    order = order[np.sort(np.unique(pairs[order], return_index=True)[1])]
+    groups = DisjointSet(range(n))
+    for pair, height in zip(pairs[order].tolist(), passes[order]):
+        one, other = (groups[basin] for basin in divmod(pair, n))
         low, high = sorted((summits[one], summits[other]))
-        if low - passes[k] < rise:
+        if low - height < rise:
             groups.merge(one, other)
             summits[groups[one]] = high
-    return np.unique([groups[basin] for basin in range(len(summits))], return_inverse=True)[1].astype(np.int32)[basins]
+    return np.unique([groups[basin] for basin in range(n)], return_inverse=True)[1].astype(np.int32)[basins]
 
 
 def confidence(instances, probabilities):
