@@ -417,8 +417,10 @@ def test_instances_are_the_basins_of_the_h_maxima(rise):
     depth = np.where(mask > 0, scipy.ndimage.gaussian_filter(foreground, 1), 0)
     tops = label(local_maxima(reconstruction(depth - np.float32(rise), depth)) & (mask > 0))
     instances = un.instance_segmentation(foreground, mask > 0, 0.5, rise)
-    assert len(np.unique(mask[mask > 0])) <= tops.max() == instances.max()
-    assert un.f1_score(instances, watershed(-depth, tops, mask=mask > 0), 0.9) > 0.97
+    _, own = np.unique([tops[tops > 0], instances[tops > 0]], axis=1)  # a pair for each h-maximum, of an instance of its own
+    assert len(np.unique(mask[mask > 0])) <= tops.max() == instances.max() == len(own) == len(set(own.tolist()))
+    # at IoU 0.5: pixels as near to one summit as to another go to either, by the version of skimage
+    assert un.f1_score(instances, watershed(-depth, tops, mask=mask > 0)) == 1
 
 
 def test_connected_components():
