@@ -419,7 +419,7 @@ def test_instances_are_the_basins_of_the_h_maxima(rise):
     instances = un.instance_segmentation(foreground, mask > 0, 0.5, rise)
     _, own = np.unique([tops[tops > 0], instances[tops > 0]], axis=1)  # a pair for each h-maximum, of an instance of its own
     assert len(np.unique(mask[mask > 0])) <= tops.max() == instances.max() == len(own) == len(set(own.tolist()))
-    # at IoU 0.5: pixels as near to one summit as to another go to either, by the version of skimage
+    # at IoU 0.5: where two passes are equally high, or one leads over a corner, the flood from the h-maxima can go another way
     assert un.f1_score(instances, watershed(-depth, tops, mask=mask > 0)) == 1
 
 

@@ -648,8 +648,8 @@ def merge_basins(basins, depth, rise):
         pairs.append(basins[shallow] * np.int64(n) + other[shallow])
         passes.append(heights[shallow])
     pairs, passes = np.concatenate(pairs), np.concatenate(passes)
-    order = np.argsort(passes)[::-1]  # from the highest down, and of each two basins the highest alone
-    order = order[np.sort(np.unique(pairs[order], return_index=True)[1])]
+    order = np.argsort(-passes, kind="stable")  # from the highest down, equal ones in one order on every machine
+    order = order[np.sort(np.unique(pairs[order], return_index=True)[1])]  # of each two basins the highest alone
     groups = DisjointSet(range(n))
     for pair, height in zip(pairs[order].tolist(), passes[order]):
         one, other = (groups[basin] for basin in divmod(pair, n))
