@@ -411,16 +411,20 @@ def test_instances_of_plain_and_of_unequal_maps():
 
 @pytest.mark.parametrize("rise", [0.08, 0.12, 0.3])
 def test_instances_are_the_basins_of_the_h_maxima(rise):
-    mask = un.draw_nuclei(np.random.default_rng(4), 400)[1]
-    noisy = un.depth_target(mask)[1].numpy() + 0.3 * np.random.default_rng(0).standard_normal(mask.shape).astype(np.float32)
-    foreground = np.where(mask > 0, noisy.clip(0, 1), 0)
-    depth = np.where(mask > 0, scipy.ndimage.gaussian_filter(foreground, 1), 0)
-    tops = label(local_maxima(reconstruction(depth - np.float32(rise), depth)) & (mask > 0))
-    instances = un.instance_segmentation(foreground, mask > 0, 0.5, rise)
-    _, own = np.unique([tops[tops > 0], instances[tops > 0]], axis=1)  # a pair for each h-maximum, of an instance of its own
-    assert len(np.unique(mask[mask > 0])) <= tops.max() == instances.max() == len(own) == len(set(own.tolist()))
-    # at IoU 0.5: where two passes are equally high, or one leads over a corner, the flood from the h-maxima can go another way
-    assert un.f1_score(instances, watershed(-depth, tops, mask=mask > 0)) == 1
+    scores = []
+    for seed in range(5):
+        mask = un.draw_nuclei(np.random.default_rng(seed), 400)[1]
+        noisy = un.depth_target(mask)[1].numpy() + 0.3 * np.random.default_rng(0).standard_normal(mask.shape).astype(np.float32)
+        foreground = np.where(mask > 0, noisy.clip(0, 1), 0)
+        depth = np.where(mask > 0, scipy.ndimage.gaussian_filter(foreground, 1), 0)
+        tops = label(local_maxima(reconstruction(depth - np.float32(rise), depth)) & (mask > 0))
+        instances = un.instance_segmentation(foreground, mask > 0, 0.5, rise)
+        _, own = np.unique([tops[tops > 0], instances[tops > 0]], axis=1)  # a pair for each h-maximum, of an instance of its own
+        assert len(np.unique(mask[mask > 0])) <= tops.max() == instances.max() == len(own) == len(set(own.tolist()))
+        flooded = watershed(-depth, tops, mask=mask > 0)
+        assert un.f1_score(instances, flooded) == 1
+        scores.append(un.f1_score(instances, flooded, 0.9))
+    assert np.mean(scores) > 0.97  # not 1: over a corner, or where two passes are equally high, the flood can go another way
 
 
 def test_connected_components():
