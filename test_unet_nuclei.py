@@ -411,10 +411,10 @@ def test_instances_of_plain_and_of_unequal_maps():
 
 @pytest.mark.parametrize("rise", [0.08, 0.12, 0.3])
 def test_instances_are_the_basins_of_the_h_maxima(rise):
-    scores = []
+    scores, noise = [], 0.3 * np.random.default_rng(0).standard_normal((400, 400)).astype(np.float32)
     for seed in range(5):
         mask = un.draw_nuclei(np.random.default_rng(seed), 400)[1]
-        noisy = un.depth_target(mask)[1].numpy() + 0.3 * np.random.default_rng(0).standard_normal(mask.shape).astype(np.float32)
+        noisy = un.depth_target(mask)[1].numpy() + noise
         foreground = np.where(mask > 0, noisy.clip(0, 1), 0)
         depth = np.where(mask > 0, scipy.ndimage.gaussian_filter(foreground, 1), 0)
         tops = label(local_maxima(reconstruction(depth - np.float32(rise), depth)) & (mask > 0))
