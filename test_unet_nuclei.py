@@ -808,6 +808,17 @@ def test_a_run_leaves_everything_behind(trained, kind):
         assert iio.imread(out / name).std() > 10 and (out / name).stat().st_size < 2e6
 
 
+@pytest.mark.parametrize("error", [0, np.arange(600)[:, None] // 560 + 4], ids=["missed", "split"])
+def test_pictures_of_large_test_images_show_what_is_wrong(error):
+    mask = squares((550, 640, 20, 20), (10, 10, 30, 30), (250, 300, 90, 90), shape=(600, 700))
+    found = np.where(mask == 1, error, mask)
+    segmented = found, np.zeros((1, *mask.shape), np.float32)
+    with replaced({"segment": lambda model, image: segmented}):
+        picture = un.samples_picture(None, [un.Sample("large", np.zeros(mask.shape), mask)], np.zeros(1))
+    true = np.asarray(picture)[:, un.CROP + 6 : 2 * un.CROP + 6]
+    assert (true == un.colored(mask)[555, 645]).all(-1).sum() == 20 * 20
+
+
 def test_predictions_open_elsewhere(trained, tmp_path):
     import tifffile  # scikit-image brings it
 

@@ -1052,7 +1052,7 @@ def classes(probabilities):
 
 
 def sheet(headings, rows):
-    """Picture of rows, each (caption above it, (H, W, 3) pictures), under headings; large pictures are cut to their middle."""
+    """Picture of rows, each (caption above it, (H, W, 3) pictures of at most `CROP` pixels a side), under headings."""
     width, height = CROP + 6, CROP + 22
     canvas = Image.new("RGB", (len(headings) * width, 22 + len(rows) * height), "white")
     draw = ImageDraw.Draw(canvas)
@@ -1061,8 +1061,7 @@ def sheet(headings, rows):
     for y, (caption, pictures) in zip(itertools.count(22, height), rows):
         draw.text((4, y + 4), caption, fill="black")
         for column, picture in enumerate(pictures):
-            top, left = (max(0, (n - CROP) // 2) for n in picture.shape[:2])
-            canvas.paste(Image.fromarray(picture[top : top + CROP, left : left + CROP]), (column * width, y + 20))
+            canvas.paste(Image.fromarray(picture), (column * width, y + 20))
     return canvas
 
 
@@ -1077,13 +1076,17 @@ def data_picture(dataset):
 
 
 def samples_picture(model, samples, f1):
-    """The three worst test images and three more up to the best, with truth and prediction."""
+    """The three worst test images and three more up to the best; of large ones, where truth and prediction differ most."""
     order, rows = np.argsort(f1, kind="stable"), []
     for i in dict.fromkeys([*order[:3], *order[np.linspace(0, len(order) - 1, 4).astype(int)[1:]]]):
         name, image, mask = samples[i]
         instances, probabilities = segment(model, image)
         caption = f"{name[:40]}  F1 {f1[i]:.2f}  {len(np.unique(mask[mask > 0]))} nuclei, {instances.max()} found"
-        rows.append((caption, [gray(image), colored(mask), classes(probabilities), colored(instances)]))
+        wrong = (boundary_target(mask) != boundary_target(instances)).numpy().astype(np.float32)
+        middle = np.unravel_index(ndimage.gaussian_filter(wrong, CROP / 4, mode="constant").argmax(), mask.shape)
+        y, x = (max(0, min(at - CROP // 2, n - CROP)) for at, n in zip(middle, mask.shape))
+        pictures = gray(image), colored(mask), classes(probabilities), colored(instances)
+        rows.append((caption, [picture[y : y + CROP, x : x + CROP] for picture in pictures]))
     return sheet(["image", "true instances", "prediction: red boundary, green foreground", "predicted instances"], rows)
 
 
