@@ -811,7 +811,7 @@ def test_a_run_leaves_everything_behind(trained, kind):
 @pytest.mark.parametrize("error", [0, np.arange(600)[:, None] // 560 + 4], ids=["missed", "split"])
 def test_pictures_of_large_test_images_show_what_is_wrong(error):
     mask = squares((550, 640, 20, 20), (10, 10, 30, 30), (250, 300, 90, 90), shape=(600, 700))
-    found = np.where(mask == 1, error, mask)
+    found = np.where(mask == 1, error, mask)  # as background, or as 4 above the row 560 and 5 below
     segmented = found, np.zeros((1, *mask.shape), np.float32)
     with replaced({"segment": lambda model, image: segmented}):
         picture = un.samples_picture(None, [un.Sample("large", np.zeros(mask.shape), mask)], np.zeros(1))
