@@ -476,7 +476,7 @@ def test_half_precision_with_a_loss_scale_trains_as_float32(monkeypatch):
     """As on a T4: the script takes this pair on GPUs alone, which need not have the fused Adam."""
     plain = torch.optim.Adam.__init__
     monkeypatch.setattr(torch.optim.Adam, "__init__", lambda *args, fused, **more: plain(*args, fused=False, **more))
-    image, mask = un.draw_nuclei(np.random.default_rng(0))
+    image, mask = un.draw_nuclei(np.random.default_rng(0), 128)
     batch = torch.from_numpy(un.rescale(image))[None, None], un.nucleus_target(mask)[None]
 
     def losses(precision, scale):

@@ -61,7 +61,7 @@ NOTEBOOK = "ipykernel" in sys.modules
 
 
 class UserError(Exception):
-    """What one line explains: `main` prints it after `error:`, a notebook shows it without a traceback."""
+    """A mistake that one line explains: `main` prints it after `error:`, a notebook shows it without a traceback."""
 
     def _render_traceback_(self):  # IPython asks an exception for this
         return [str(self)]
@@ -162,7 +162,7 @@ def read_split(folder):
 
 
 def read_kaggle(folder, all_images=False):
-    """(training, test) samples of the Data Science Bowl's layout: ID/images/ID.png, and in ID/masks a file a nucleus.
+    """(training, test) samples of the Data Science Bowl's layout: ID/images/ID.png, and in ID/masks one file per nucleus.
 
     Every tenth image kept is for testing. Unless `all_images`, fluorescence only: gray, nuclei brighter than the rest.
     """
@@ -603,9 +603,10 @@ def predict(model, image, tile=TILE, margin=MARGIN):
 
 
 # ---------------------------------------------------------------- instances
-# nucleus: least probability of its pixels; 0.8 undoes NUCLEUS_WEIGHT, 4 / (4 + 1). core: of components before they grow.
-# rise: of a summit above the pass to a higher one; 0.10 and 0.15 give at most 0.003 less AP.
-# confidence: the least of an instance; 0.75 and 0.79 change AP by 0.003, of noisy images by up to 0.014.
+# nucleus: least probability of a nucleus's pixels; 0.8 undoes NUCLEUS_WEIGHT, 4 / (4 + 1).
+# core: least probability of the pixels of a component, which then grows to those of the nucleus.
+# rise: of a summit above the pass to a higher one, so that it counts; 0.10 and 0.15 give at most 0.003 less AP.
+# confidence: the least of an instance that is kept; 0.75 and 0.79 change AP by 0.003, of noisy images by up to 0.014.
 # sure: mean confidence of an image that needs no blurred look; with 0.88 a fifth of all get one, for 0.004 of AP in texture.
 BOUNDARY_THRESHOLDS = {"nucleus": 0.8, "rise": 0.12, "confidence": 0.765, "sure": 0.86}
 FOREGROUND_THRESHOLDS = {"nucleus": 0.5, "core": 0.9, "confidence": 0.5, "sure": 0.9}
@@ -632,11 +633,10 @@ def instance_segmentation(foreground_prediction, boundary_prediction, threshold=
 
 
 def merge_basins(basins, depth, rise):
-    """(H, W) watershed basins 1..n of the depth, -inf outside -> int32 ids 1..m, joined where the pass between them is shallow.
+    """Join watershed basins where the pass between them is shallow: the lower of their summits is less than `rise` above it.
 
-    The lower of two summits then rises by less than `rise` above the pass. The others are the h-maxima (Soille 2003, sec.
-    6.3), which skimage's `h_maxima` finds in five to ten times the time of all this, as it sorts all pixels twice. The pixels
-    at the edge must be outside.
+    (H, W) basins 1..n of the depth, which is -inf outside them and at the edge of the image -> int32 ids 1..m. Each has one
+    h-maximum (Soille 2003, sec. 6.3) with h = rise. skimage's `h_maxima` needs five to ten times as long as all this.
     """
     n = int(basins.max()) + 1
     summits = np.zeros(n, depth.dtype)
@@ -717,7 +717,7 @@ def segment(model, image):
         resized = resize(image, tuple(max(1, round(side * factor)) for side in image.shape))
         probabilities = predict(model, ndimage.gaussian_filter(resized, blur))
         instances, confidences = decode(probabilities, thresholds | {"smallest": thresholds["smallest"] * factor**2})
-        # with one more instance of one half, since few prove little: else a single blob was preferred to 250 small nuclei
+        # the mean, with 0.5 counted in, since few instances prove little: else one blob was preferred to 250 small nuclei
         return (confidences.sum() + 0.5) / (len(confidences) + 1), factor, instances, probabilities
 
     def surer(best, found):
@@ -1296,7 +1296,7 @@ def main(argv=None):
 
 
 def terminate(*_):
-    """Of SIGTERM, which Kaggle and Slurm send before they take the machine away."""
+    """Handler of SIGTERM, which Kaggle and Slurm send before they take the machine away."""
     raise KeyboardInterrupt(143)
 
 
