@@ -988,6 +988,8 @@ def run_training(args, samples, checksum, device, precision):
         write_picture(args.out / "data.png", data_picture(dataset))
     if device.type == "cpu":
         keep_memory()
+    # one thread first: where two share MKL's first call of these, half of it can be 6e-5 off (pytorch issue 188792)
+    torch.ones(1).exp().log()
     # with CUDA only; elsewhere than on Linux each worker would import torch anew, and could not in a notebook
     workers = min(4, os.cpu_count() // WORLD_SIZE) if device.type == "cuda" and sys.platform == "linux" else 0
     for epoch in range(len(history) + 1, args.epochs + 1):
