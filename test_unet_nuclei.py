@@ -803,7 +803,7 @@ def test_a_run_leaves_everything_behind(trained, kind):
     assert metrics["settings"]["width"] == {"boundary": 8, "foreground": 2}[kind] and "torch" in metrics["versions"]
     rows = list(csv.DictReader((out / "history.csv").open()))
     assert {"epoch", "train_loss", "val_loss", "train_dice", "val_f1", "lr", "seconds"} <= set(rows[0])
-    assert len(rows) == metrics["settings"]["epochs"]
+    assert len(rows) == metrics["settings"]["epochs"] and all(float(row["lr"]) > 0 for row in rows)
     for name in ("data.png", "samples.png", "curves.png"):
         assert iio.imread(out / name).std() > 10 and (out / name).stat().st_size < 2e6
 
@@ -1217,7 +1217,17 @@ def test_help_fits_a_screen(capsys):
     with pytest.raises(SystemExit) as end:
         un.main(["--help"])
     text = capsys.readouterr().out
-    assert end.value.code == 0 and len(text.splitlines()) <= 45 and "default" in text
+    assert end.value.code == 0 and len(text.splitlines()) <= 45
+    assert text.count("(default:") == text.count("\n  --") > 0 and "None" not in text and "False" not in text
+
+
+def test_progress_in_a_file_is_a_line_after_five_minutes_of_silence(capsys, monkeypatch):
+    clock = iter([0, 299, 301, 301, 302])
+    monkeypatch.setattr(un.time, "time", lambda: next(clock))
+    un.say("start")
+    for step in "abc":  # at 299, 301 and 302 seconds
+        un.live(step)
+    assert capsys.readouterr().out == "start\nb\n"
 
 
 # ---------------------------------------------------------------- notebook
@@ -1228,15 +1238,17 @@ def test_pasted_into_a_notebook(tmp_path):
     train = 'metrics = main(["--boundary", "--data", "data", "--epochs", "1", "--width", "2"])\nprint(metrics["n_images"])'
     cells = ["import time as mine; sheet = 5", SCRIPT.read_text(), train, train, "main(['--lr', 'nan'])", "mine.time() and 1 + 1"]
     cells.insert(1, f"%%writefile unet_nuclei.py\n{SCRIPT.read_text()}")
-    cells.append(f"!{sys.executable} unet_nuclei.py --boundary --data data --epochs 1 --width 2 --out shell")
+    cells += ["main(['--help'])", f"!{sys.executable} unet_nuclei.py --boundary --data data --epochs 1 --width 2 --out shell"]
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     client = nbclient.NotebookClient(book, timeout=300, allow_errors=True, resources={"metadata": {"path": str(tmp_path)}})
     client.execute()
-    _, _, pasted, first, second, wrong, after, shell = book.cells
+    _, _, pasted, first, second, wrong, after, flags, shell = book.cells
     assert "main([" in pasted.outputs[0]["text"] and len(pasted.outputs) == 1
+    assert "--boundary" in flags.outputs[0]["text"] and len(flags.outputs) == 1
     for cell in (first, second):
         assert not any(output["output_type"] == "error" for output in cell.outputs)
-        assert "Mean f1 score" in "".join(output.get("text", "") for output in cell.outputs)
+        text = "".join(output.get("text", "") for output in cell.outputs)
+        assert "Mean f1 score" in text and "main(['--checkpoint', 'runs/boundary/model.pt', '--predict', 'FOLDER'])" in text
         assert sum("image/png" in output.get("data", {}) for output in cell.outputs) == 3
     assert [output["traceback"] for output in wrong.outputs if output["output_type"] == "error"][0][0].startswith("error: ")
     assert after.outputs[0]["data"]["text/plain"] == "2"
