@@ -962,6 +962,13 @@ def test_resume_of_a_finished_run_restores_the_best_model(trained, tmp_path, cap
     assert (tmp_path / "model.pt").read_bytes() == (folder / "model.pt").read_bytes()
 
 
+def test_resume_on_a_gpu_that_needs_a_loss_scale(trained, tmp_path):
+    """What a CPU, or a GPU with bf16, began goes on on a T4: no scale is in the file."""
+    shutil.copy(trained["boundary"][0] / "last.pt", tmp_path)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    assert un.resume(tmp_path / "last.pt", {"scaler": scaler}, {}) and scaler.get_scale() == 8
+
+
 def full_disk(_):
     """In place of `os.fsync`."""
     raise OSError(28, "No space left on device")

@@ -928,7 +928,8 @@ def resume(last, parts, fixed):
         for key, value in fixed.items():
             require(value == state["fixed"][key], f"--resume: {key} is {value}, in {last} {state['fixed'][key]}; give the same")
         for name, part in parts.items():
-            part.load_state_dict(state[name])
+            if state[name]:  # that of a loss scale is empty where none was in use
+                part.load_state_dict(state[name])
         return state["history"], state["best"].numpy()
 
     history, best = load_checkpoint(last, load)
@@ -1259,9 +1260,8 @@ def report(args, model, test, about):
     metrics, f1 = evaluate(model, test)
     write_picture(args.out / "samples.png", samples_picture(model, test, f1))
     versions = {name: version(name) for name in ("torch", "numpy", "scikit-image", "scipy")} | {"python": sys.version.split()[0]}
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    metrics |= about | dict(versions=versions, settings=settings)
-    write_file(args.out / "metrics.json", json.dumps(metrics, indent=1).encode())
+    metrics |= about | dict(versions=versions, settings=vars(args))
+    write_file(args.out / "metrics.json", json.dumps(metrics, indent=1, default=str).encode())  # str: of paths
     if NOTEBOOK:
         from IPython.display import display
 
