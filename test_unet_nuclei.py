@@ -1372,6 +1372,10 @@ def limits(checkpoint, data):
         grain, dark = blur(rng.normal(size=image.shape), sigma), np.percentile(image, 1)
         return blur(dark + (image - dark) * np.exp(0.4 * grain / grain.std()), after), mask
 
+    def hazy(image, mask):
+        contrast = np.median(image[mask > 0]) - np.median(image[mask == 0])
+        return image + np.linspace(0, 2 * contrast, image.shape[1]), mask
+
     changes = {"as they are": lambda image: image, "16 bit, x257": lambda image: image.astype(np.uint16) * 257,
                "ten times dimmer, rounded": lambda image: (image / 10).round().astype(np.uint8),
                "photon noise, 50 at the brightest": photons(50), "photon noise, 12 at the brightest": photons(12),
@@ -1383,6 +1387,7 @@ def limits(checkpoint, data):
     for name, factor, grain in ("grain of 1.5 pixels", 1, 1.5), ("magnified 3x, grain of 3 pixels", 3, 3):
         for end, after in ("", 0), (f", then blur, sigma {2 * grain:g}", 2 * grain):
             changes[name + end] = partial(grained, factor, grain, after)
+    changes["haze, rising by twice the nuclei's contrast"] = hazy
     model, samples = un.load_model(checkpoint, *un.choose_device("cpu", "auto")), un.load_data(data)[0][19::20]
     for name, change in changes.items():
         changed = [un.Sample(s.name, *change(s.image, s.mask)) for s in samples]
