@@ -996,10 +996,12 @@ def test_a_model_taken_away_while_training_is_written_again(tmp_path, monkeypatc
     assert status == 0 and Path("out/model.pt").exists(), err
 
 
-def test_resume_refuses_the_optimizer_of_another_version(trained, tmp_path, capsys):
+@pytest.mark.parametrize("damage", [lambda state: state["optimizer"]["param_groups"].pop(), lambda state: state["model"].clear()],
+                         ids=["optimizer", "model"])  # fmt: skip
+def test_resume_refuses_the_parts_of_another_version(trained, tmp_path, capsys, damage):
     folder, _ = trained["boundary"]
     state = torch.load(folder / "last.pt", weights_only=True)
-    state["optimizer"]["param_groups"].pop()
+    damage(state)
     torch.save(state, tmp_path / "last.pt")
     status, _, err = call(resuming(folder, tmp_path), capsys)
     one_line(status, err, "this version")

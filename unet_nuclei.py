@@ -336,18 +336,20 @@ def uniform(low, high):
 
 def augment(image, mask):
     """One crop and its mask flipped, turned and zoomed, in other light, contrast, haze, sharpness and noise."""
+    def smooth(values):  # (side, side) random values as a field of the crop's size
+        return F.interpolate(values[None, None], size=image.shape, mode="bicubic")[0, 0].numpy()
+
     turns, flip = divmod(int(torch.randint(8, ())), 2)
     image, mask = (np.rot90(array, turns)[:, :: 1 - 2 * flip] for array in (image, mask))
     if uniform(0, 1) < 0.5:
         image, mask = zoom(image, mask, 2 ** uniform(-1, 1.58))
     if uniform(0, 1) < 0.5:  # uneven light where the grid is coarse, texture where it is fine
         side = int(2 ** uniform(1.5, 5))
-        field = F.interpolate(torch.randn(1, 1, side, side), size=image.shape, mode="bicubic")[0, 0].numpy()
-        image = image * np.exp(0.3 * field)
+        image = image * np.exp(0.3 * smooth(torch.randn(side, side)))
     if uniform(0, 1) < 0.5:
         image = np.sign(image) * np.abs(image) ** (2 ** uniform(-1, 1))
     if uniform(0, 1) < 0.5:  # haze: AP of unseen kinds 0.755 and 0.754 (two seeds), without 0.731 to 0.746 (four)
-        haze = F.interpolate(torch.rand(1, 1, 3, 3), size=image.shape, mode="bicubic")[0, 0].numpy()
+        haze = smooth(torch.rand(3, 3))
         image = image + uniform(0, 0.4) * haze
     image = image * 2 ** uniform(-0.5, 0.5) + uniform(-0.1, 0.1)
     if uniform(0, 1) < 0.25:
@@ -931,7 +933,7 @@ def resume(last, parts, fixed):
         for key, value in fixed.items():
             require(value == state["fixed"][key], f"--resume: {key} is {value}, in {last} {state['fixed'][key]}; give the same")
         for name, part in parts.items():
-            if state[name]:  # that of a loss scale is empty where none was in use
+            if name != "scaler" or state[name]:  # empty where no loss scale was in use
                 part.load_state_dict(state[name])
         return state["history"], state["best"].numpy()
 
