@@ -842,6 +842,23 @@ def test_predictions_open_elsewhere(trained, tmp_path):
         assert iio.imread(tmp_path / "results/predictions" / f"{stem}.png").shape == (*shape, 3)
 
 
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw", "tiff_adobe_deflate", "packbits"])
+def test_compressed_tiffs_are_read_whole(compression, tmp_path):
+    file, gray = tmp_path / "a.tif", np.random.default_rng(0).integers(0, 65536, (60, 70)).astype(np.uint16)
+    page, color = un.Image.fromarray(gray), np.stack([gray >> 8] * 3, -1).astype(np.uint8)
+    page.save(file, compression=compression)
+    assert un.read_image(file).dtype == np.uint16 and np.array_equal(un.read_image(file), gray)
+    un.Image.fromarray(color).save(file, compression=compression)
+    assert np.array_equal(un.read_image(file), gray >> 8)
+    page.save(file, compression=compression, save_all=True, append_images=[page])
+    with pytest.raises(un.UserError, match="stack"):
+        un.read_image(file)
+    page.save(file, compression=compression)
+    file.write_bytes(file.read_bytes()[:2000])
+    with pytest.raises(un.UserError, match="cannot be read"):
+        un.read_image(file)
+
+
 @pytest.mark.filterwarnings("ignore:The legacy")  # of a reader that imageio tries on what is no image
 def test_one_bad_file_among_good_ones(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

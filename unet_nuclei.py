@@ -99,25 +99,34 @@ def image_files(folder):
     return files
 
 
+def decode_tiff(data):
+    """All pages of a TIFF. What tifffile decompresses with one more package only (LZW, JPEG), Pillow reads as it is."""
+    try:
+        return iio.imread(data, plugin="tifffile")
+    except ValueError:
+        return iio.imread(data, plugin="pillow", index=...)
+
+
 def read_image(path, ids=False):
     """An image file as (H, W): gray in its own dtype, colour averaged to float32. UserError names a file that is none.
 
     ids: it is a mask, in which colour is refused.
     """
     try:
-        tiff = {"plugin": "tifffile"} if path.suffix.lower() in (".tif", ".tiff") else {}  # else the first page of a stack only
-        array = np.asarray(iio.imread(path.read_bytes(), **tiff))
+        read = decode_tiff if path.suffix.lower() in (".tif", ".tiff") else iio.imread
+        array = np.asarray(read(path.read_bytes()))
+        require(array.size, "no pixels in it")
     except Exception as error:  # text, empty and truncated files each fail in a way of their own
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} cannot be read as an image ({reason}); replace it or take it out") from None
-    if array.ndim == 3 and array.shape[0] == 1:
+    if array.ndim > 2 and array.shape[0] == 1:
         array = array[0]
-    elif array.ndim == 3 and array.shape[2] <= 4:
+    if array.ndim == 3 and array.shape[2] <= 4:
         colors = array[..., : 3 if array.shape[2] >= 3 else 1]  # without alpha
         gray = (colors == colors[..., :1]).all()
         require(gray or not ids, f"{path} is coloured; a mask is a gray image in which each nucleus has an id of its own")
         array = colors[..., 0] if gray else colors.mean(-1, dtype=np.float32)
-    require(array.ndim == 2 and array.size, f"{path} is {array.shape}, not a 2-D image; save each plane of a stack on its own")
+    require(array.ndim == 2, f"{path} is {array.shape}, not a 2-D image; save each plane of a stack on its own")
     # beyond, differences of pixels overflow float32
     require((abs(array) < np.float32(1e38)).all(), f"{path} holds NaN, infinite or huge pixels; replace them by a gray level")
     return array
