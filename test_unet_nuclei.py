@@ -84,14 +84,13 @@ def squares(*boxes, shape=(40, 40)):
 
 
 # ---------------------------------------------------------------- network
-# what `joined` and `upsampled` compute, as the notebook writes it
-AS_LAYERS = {"joined": lambda conv, skip, x: conv(torch.cat([skip, x], 1)), "upsampled": lambda layer, x: layer(x)}
+CONCATENATED = {"joined": lambda conv, skip, x: conv(torch.cat([skip, x], 1))}  # what `joined` computes, as the notebook does
 
 
-def test_unet_upsamples_and_concatenates_skips():
+def test_unet_concatenates_skips():
     torch.manual_seed(0)
     model, image, results = un.UNet(1, 3, 4), torch.randn(2, 1, 64, 64), []
-    for parts in {}, AS_LAYERS:
+    for parts in {}, CONCATENATED:
         model.zero_grad()
         with replaced(parts):
             logits = model(image)
@@ -1293,7 +1292,7 @@ def notebook_steps(width, n):
         torch.nn.functional.binary_cross_entropy_with_logits(model(image), target).backward()
         optimizer.step()
 
-    with replaced(AS_LAYERS):
+    with replaced(CONCATENATED):
         step()
         return clock(step, n, 3), peak_memory(), clock(lambda: no_grad(model, image), n, 3)
 
