@@ -1100,7 +1100,7 @@ def samples_picture(model, samples, f1):
     for i in dict.fromkeys([*order[:3], *order[np.linspace(0, len(order) - 1, 4).astype(int)[1:]]]):
         name, image, mask = samples[i]
         instances, probabilities = segment(model, image)
-        caption = f"{name[:40]}  F1 {f1[i]:.2f}  {len(np.unique(mask[mask > 0]))} nuclei, {instances.max()} found"
+        caption = f"{name[:40]}  F1 {f1[i]:.2f}  {len(np.unique(mask[mask > 0]))} nuclei, {instances.max()} predicted"
         wrong = (boundary_target(mask) != boundary_target(instances)).numpy().astype(np.float32)
         middle = np.unravel_index(ndimage.gaussian_filter(wrong, CROP / 4, mode="constant").argmax(), mask.shape)
         y, x = (max(0, min(at - CROP // 2, n - CROP)) for at, n in zip(middle, mask.shape))
