@@ -346,7 +346,7 @@ def uniform(low, high):
 def augment(image, mask):
     """One crop and its mask flipped, turned and zoomed, in other light, contrast, haze, sharpness and noise."""
     def smooth(values):
-        # (side, side) random values as a field of the crop's size: bicubic by rows, then columns, in a third of torch's time
+        # (side, side) random values as a field of the crop's size: bicubic by rows, then columns, in a third of the time
         weights = F.interpolate(torch.eye(len(values))[None, None], size=(len(values), CROP), mode="bicubic")[0, 0]
         return (weights.T @ values @ weights).numpy()
 
@@ -1064,8 +1064,11 @@ def colored(mask):
     return colors[mask]
 
 
+LEGEND = {1: "green foreground", 3: "green foreground, red boundary"}  # of `classes`, by the number of channels
+
+
 def classes(probabilities):
-    """(1 or 3, H, W) target or prediction -> (H, W, 3) uint8, foreground in green, boundary in red."""
+    """(1 or 3, H, W) target or prediction -> (H, W, 3) uint8, coloured as `LEGEND` says."""
     red, green = probabilities[:0:-1] if len(probabilities) == 3 else (0 * probabilities[0], probabilities[0])
     return (np.stack([red, green, 0 * red], -1) * 255).astype(np.uint8)
 
@@ -1091,7 +1094,7 @@ def data_picture(dataset):
         image, mask = seen[i]
         target = dataset.mask_transform(mask.numpy()).numpy()[:3]
         rows.append(("", [gray(image[0].numpy()), colored(mask.numpy()), classes(target)]))
-    return sheet(["training crop", "instances", "target: green foreground" + ", red boundary" * (len(target) > 1)], rows)
+    return sheet(["training crop", "instances", f"target: {LEGEND[len(target)]}"], rows)
 
 
 def samples_picture(model, samples, f1):
@@ -1106,8 +1109,7 @@ def samples_picture(model, samples, f1):
         y, x = (max(0, min(at - CROP // 2, n - CROP)) for at, n in zip(middle, mask.shape))
         pictures = gray(image), colored(mask), classes(probabilities), colored(instances)
         rows.append((caption, [picture[y : y + CROP, x : x + CROP] for picture in pictures]))
-    prediction = "prediction: green foreground" + ", red boundary" * (len(probabilities) > 1)
-    return sheet(["image", "true instances", prediction, "predicted instances"], rows)
+    return sheet(["image", "true instances", f"prediction: {LEGEND[len(probabilities)]}", "predicted instances"], rows)
 
 
 def curves_picture(history):
