@@ -297,7 +297,7 @@ def test_augment_keeps_image_and_mask_together():
 def test_loss_of_classes_by_hand():
     target = torch.tensor([[[[1.0, 0.0]], [[0.0, 0.25]], [[0.0, 0.75]]]])  # a pixel of background, one of a nucleus
     logits = torch.tensor([[[[0.5, 0.2]], [[0.3, 0.4]], [[0.2, 0.4]]]]).log()
-    expected = (-math.log(0.5) - un.NUCLEUS_WEIGHT * math.log(0.4)) / 2
+    expected = (-math.log(0.5) - math.log(0.4)) / 2
     torch.testing.assert_close(un.loss_function(logits, target), torch.tensor(expected))
     torch.testing.assert_close(un.loss_function(torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2)), torch.tensor(math.log(2)))
 
@@ -543,7 +543,7 @@ def segment_as_seen(monkeypatch, image, see):
         return see(image)
 
     monkeypatch.setattr(un, "predict", predict)
-    settings = {"boundary": True, "width": 1, "thresholds": un.BOUNDARY_THRESHOLDS | {"smallest": 5},
+    settings = {"boundary": True, "width": 1, "thresholds": un.BOUNDARY_THRESHOLDS | {"smallest": 5, "sure": 0.86},
                 "normalization": {"mean": 0, "std": 1}}
     return *un.segment(un.build_model(settings, CPU, torch.float32), image * 1.0), looks
 
@@ -1455,13 +1455,10 @@ def adam(model, lr):
     return torch.optim.Adam(model.parameters(), 0.06 * lr)
 
 
-# of a network that learns without the weight, p / (1 - p) is a quarter: a mean probability of 0.9 becomes 0.69
-UNWEIGHTED = un.BOUNDARY_THRESHOLDS | {"nucleus": 0.5, "confidence": un.BOUNDARY_THRESHOLDS["confidence"] - (0.9 - 0.69)}
 WITHOUT = {  # names of the script and what they are replaced by, for training and scoring
     "the script as it is": {},
     "Adam for all weights, in place of Muon": {"Muon": adam},
     "hard classes, in place of the depth": {"depth_target": hard_target},
-    "nuclei weighted 1, in place of 4": {"NUCLEUS_WEIGHT": 1.0, "BOUNDARY_THRESHOLDS": UNWEIGHTED},
     "flips and turns only, for augmentation": {"augment": turned},
     "no channels dropped": {"DROPOUT": 0.0},
     "no offsets to learn": {"OFFSET_WEIGHT": 0.0},
