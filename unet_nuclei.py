@@ -6,7 +6,7 @@
     python unet_nuclei.py --checkpoint runs/boundary/model.pt --predict FOLDER     # segment your own images
     torchrun --nproc-per-node 2 unet_nuclei.py --boundary   # on two GPUs
 
-Ten epochs at --width 16 take 6 to 12 minutes on two CPU cores with bf16, 27 to 43 without. On 44 test images of the Data
+Ten epochs at --width 16 take 6 to 12 minutes on two CPU cores with bf16, 29 or more without. On 44 test images of the Data
 Science Bowl 2018 (2,426 nuclei), the mean F1 at IoU 0.5 is then 0.91 to 0.92, the AP 0.84 to 0.85; more in README.md.
 
 Pasted into a notebook cell, the file defines its functions and waits; in the next cell,
