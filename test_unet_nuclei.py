@@ -869,6 +869,24 @@ def test_one_bad_file_among_good_ones(trained, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "runs/foreground/predictions/good.tif").exists()
 
 
+def test_predicting_again_loses_nothing(trained, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        iio.imwrite(f"{name}.png", np.zeros((20, 20), np.uint8))
+    words = ["--checkpoint", trained["foreground"][0] / "model.pt", "--out", "results", "--predict"]
+    assert call([*words, "a.png", "b.png"], capsys)[0] == 0
+    results = Path("results/predictions")
+    (results / "a.tif").write_bytes(b"corrected by hand")
+    assert call([*words, "a.png"], capsys)[0] == 0
+    assert (results / "earlier-1/a.tif").read_bytes() == b"corrected by hand" != (results / "a.tif").read_bytes()
+    names = {file.name for file in results.glob("*")}
+    assert names == {"a.tif", "a.png", "b.tif", "b.png", "earlier-1"} and len(list(results.glob("earlier-1/*"))) == 2
+    before = (results / "b.png").read_bytes()
+    status, _, err = call([*words, results / "b.png"], capsys)
+    one_line(status, err, "--out")
+    assert (results / "b.png").read_bytes() == before
+
+
 def test_evaluating_a_checkpoint_repeats_its_scores(trained, tmp_path, capsys):
     folder, _ = trained["boundary"]
     words = ["--epochs", "0", "--checkpoint", folder / "model.pt", "--data", folder.parents[1] / "data", "--out", tmp_path]

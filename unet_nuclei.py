@@ -913,7 +913,7 @@ def make_room(out, names=OUTPUTS):
         earlier.mkdir()
         for file in left:
             file.rename(earlier / file.name)
-        say(f"{', '.join(file.name for file in left)} of an earlier run are now in {earlier}")
+        say(f"{len(left)} file(s) of an earlier run are now in {earlier}")
 
 
 def draw_crops(images, seed, epoch):
@@ -1137,14 +1137,14 @@ def curves_picture(history):
 # ---------------------------------------------------------------- command line
 def predict_files(model, paths, out):
     """Segment image files, and all images of folders, into out/predictions: a label TIFF and a picture of outlines each."""
-    files, counts, bad = {}, [], []
+    files, counts, bad, out = {}, [], [], out / "predictions"
     for path in map(Path, paths):
         require(path.exists(), f"--predict {path} does not exist; give images or folders")
         for file in image_files(path) if path.is_dir() else [path]:
             require(files.setdefault(file.stem, file).resolve() == file.resolve(),
                     f"{files[file.stem]} and {file} would both become {file.stem}.tif; predict them one by one")
-    out = out / "predictions"
-    out.mkdir(parents=True, exist_ok=True)
+            require(file.resolve().parent != out.resolve(), f"{file} is where its own result would go; give another --out")
+    make_room(out, [stem + suffix for stem in files for suffix in (".tif", ".png")])
     for stem, file in files.items():
         try:
             image = read_image(file)
