@@ -1112,17 +1112,19 @@ def samples_picture(model, samples, f1):
 
 
 def curves_picture(history):
-    """Losses and scores against epoch."""
+    """Losses, on a logarithmic axis since the first are ten times the last, and scores against epoch."""
     canvas, width, height, top = Image.new("RGB", (980, 400), "white"), 400, 300, 40
     draw, epochs = ImageDraw.Draw(canvas), np.array([row["epoch"] for row in history])
     for left, names in (60, ("train_loss", "val_loss")), (540, ("train_dice", "val_dice", "val_f1")):
         values = np.array([[row[name] for row in history] for name in names])
-        low, high = (0, math.ceil(2 * values.max()) / 2 or 1) if left == 60 else (0.5 * (values.min() >= 0.5), 1)
+        values = np.log(values.clip(1e-6)) if (loss := left == 60) else values
+        low, high = (values.min() - 0.1, values.max() + 0.1) if loss else (0.5 * (values.min() >= 0.5), 1)
         x = left + width * (epochs - epochs[0]) / max(1, epochs[-1] - epochs[0])
         draw.rectangle((left, top, left + width, top + height), outline="black")
         draw.text((left + width / 2 - 15, top + height + 30), "epoch", fill="black")
         for tick in np.linspace(0, 1, 6):
-            draw.text((left - 38, top + height * (1 - tick) - 6), f"{low + tick * (high - low):.2f}", fill="black")
+            value = low + tick * (high - low)
+            draw.text((left - 38, top + height * (1 - tick) - 6), f"{np.exp(value) if loss else value:.2g}", fill="black")
         for i in np.unique(np.linspace(0, len(epochs) - 1, 10).astype(int)):
             draw.text((x[i] - 4, top + height + 8), str(epochs[i]), fill="black")
         for i, (name, color) in enumerate(zip(names, ("steelblue", "darkorange", "seagreen"))):
