@@ -286,11 +286,14 @@ def test_augment_keeps_image_and_mask_together():
     image, mask = un.draw_nuclei(np.random.default_rng(3))
     image = un.rescale(image)
     torch.manual_seed(0)
+    plain = 0
     for _ in range(20):
         new_image, new_mask = un.augment(image, mask)
         assert new_image.shape == new_mask.shape == (256, 256) and np.isfinite(new_image).all()
         if 500 < (new_mask > 0).sum() < 60_000:
             assert np.median(new_image[new_mask > 0]) > np.median(new_image[new_mask == 0])
+        plain += np.array_equal(np.sort(new_image, None), np.sort(image, None))  # only flipped and turned
+    assert 5 <= plain <= 15
 
 
 # ---------------------------------------------------------------- scores
@@ -1458,12 +1461,6 @@ def hard_target(mask):
     return torch.nn.functional.one_hot(un.boundary_target(mask), 3).permute(2, 0, 1).float()
 
 
-def turned(image, mask):
-    """Flips and right angles alone."""
-    turns, flip = divmod(int(torch.randint(8, ())), 2)
-    return tuple(np.ascontiguousarray(np.rot90(array, turns)[:, :: 1 - 2 * flip]) for array in (image, mask))
-
-
 def plain_markers(foreground, boundary, threshold, rise):
     """Instances from the components of the smoothed foreground, in place of its summits."""
     depth, inside = scipy.ndimage.gaussian_filter(foreground, 1), foreground + boundary > threshold
@@ -1478,7 +1475,8 @@ WITHOUT = {  # names of the script and what they are replaced by, for training a
     "the script as it is": {},
     "Adam for all weights, in place of Muon": {"Muon": adam},
     "hard classes, in place of the depth": {"depth_target": hard_target},
-    "flips and turns only, for augmentation": {"augment": turned},
+    "flips and turns only, for augmentation": {"PLAIN": 1.0},
+    "every crop augmented, not half of them": {"PLAIN": 0.0},
     "no channels dropped": {"DROPOUT": 0.0},
     "no offsets to learn": {"OFFSET_WEIGHT": 0.0},
     "gray levels / 255, in place of percentiles": {"rescale": lambda image: np.asarray(image, np.float32) / 255},

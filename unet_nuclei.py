@@ -343,15 +343,23 @@ def uniform(low, high):
     return low + (high - low) * torch.rand(()).item()
 
 
+# Share of crops that are only flipped and turned. With 0, AP of 89 held-out images was 0.796 and 0.797 (two seeds), not 0.801
+# and 0.788, AP 0.5:0.95 0.551 and 0.544, not 0.559 and 0.547; with 1, AP of unseen kinds is 0.03 less.
+PLAIN = 0.5
+
+
 def augment(image, mask):
-    """One crop and its mask flipped, turned and zoomed, in other light, contrast, haze, sharpness and noise."""
+    """One crop and its mask flipped and turned; unless `PLAIN`, also zoomed, in other light, contrast, haze, sharpness, noise."""
     def smooth(values):
         # (side, side) random values as a field of the crop's size: bicubic by rows, then columns, in a third of the time
         weights = F.interpolate(torch.eye(len(values))[None, None], size=(len(values), CROP), mode="bicubic")[0, 0]
         return (weights.T @ values @ weights).numpy()
 
+    plain = uniform(0, 1) < PLAIN
     turns, flip = divmod(int(torch.randint(8, ())), 2)
-    image, mask = (np.rot90(array, turns)[:, :: 1 - 2 * flip] for array in (image, mask))
+    image, mask = (np.ascontiguousarray(np.rot90(array, turns)[:, :: 1 - 2 * flip]) for array in (image, mask))
+    if plain:
+        return image, mask
     if uniform(0, 1) < 0.5:
         image, mask = zoom(image, mask, 2 ** uniform(-1, 1.58))
     if uniform(0, 1) < 0.5:  # uneven light where the grid is coarse, texture where it is fine
@@ -366,7 +374,7 @@ def augment(image, mask):
         image = ndimage.gaussian_filter(image, uniform(0.5, 2))
     if uniform(0, 1) < 0.5:
         image = image + uniform(0, 0.15) * torch.randn(image.shape).numpy()
-    return np.ascontiguousarray(image), np.ascontiguousarray(mask)
+    return image, mask
 
 
 def zoom(image, mask, factor):
