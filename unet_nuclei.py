@@ -7,7 +7,7 @@
     torchrun --nproc-per-node 2 unet_nuclei.py --boundary   # on two GPUs
 
 Ten epochs at --width 16 take 6 to 12 minutes on two CPU cores with bf16, 29 or more without. On 44 test images of the Data
-Science Bowl 2018 (2,426 nuclei), the mean F1 at IoU 0.5 is then 0.91 to 0.92, the AP 0.84 to 0.85; more in README.md.
+Science Bowl 2018 (2,426 nuclei), the mean F1 at IoU 0.5 is then 0.92, the AP 0.855 to 0.861; more in README.md.
 
 Pasted into a notebook cell, the file defines its functions and waits; in the next cell,
 `main(["--boundary", "--epochs", "10"])` trains. Needs torch, numpy, scikit-image, scipy and imageio.
